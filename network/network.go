@@ -1,0 +1,79 @@
+// Package network gives a pod its network: a network namespace with the CNI's interfaces, and for
+// each of them a tap device that a VM's network card is backed by.
+package network
+
+import (
+	"net"
+)
+
+// Pod is what the network must know of a pod.
+type Pod struct {
+	// ID names the namespace and is the CNI's container id.
+	ID string
+	// Name, Namespace and UID are passed to the CNI as K8S_POD_NAME, ...
+	Name, Namespace, UID string
+	Annotations          map[string]string
+	PortMappings         []PortMapping
+	// DNS is passed to plugins with the dns capability.
+	DNS DNS
+}
+
+// PortMapping forwards a port of the node to one of the pod (capability portMappings).
+type PortMapping struct {
+	Protocol                string // "tcp", "udp", "sctp"
+	ContainerPort, HostPort int32
+	HostIP                  string
+}
+
+// DNS is a resolv.conf.
+type DNS struct {
+	Servers, Searches, Options []string
+}
+
+// Attachment is a pod's network as it stands. It is persisted with the pod.
+type Attachment struct {
+	// NetNS is the path of the pod's network namespace.
+	NetNS string
+	// Interfaces, the primary first.
+	Interfaces []Interface
+	// DNS as the CNI's result says; used when the pod's own is empty.
+	DNS DNS
+}
+
+// Interface is what the guest's network card must be like, and the tap behind it.
+type Interface struct {
+	Name       string // eth0, in the guest as in the netns
+	Tap        string // name of the tap, in NetNS
+	MAC        string
+	MTU        int
+	Addresses  []string // CIDR
+	Routes     []Route
+	Neighbours []Neighbour
+}
+
+// Route is a route in the guest.
+type Route struct {
+	Destination string // CIDR
+	Gateway     string // empty: on link
+	Source      string
+	Metric      int
+	Scope       int
+}
+
+// Neighbour is a permanent ARP or NDP entry.
+type Neighbour struct {
+	Address, MAC string
+}
+
+// IPs lists the pod's addresses without prefix lengths, the primary first.
+func (a *Attachment) IPs() []string {
+	var ips []string
+	for _, i := range a.Interfaces {
+		for _, cidr := range i.Addresses {
+			if ip, _, err := net.ParseCIDR(cidr); err == nil && !ip.IsLinkLocalUnicast() {
+				ips = append(ips, ip.String())
+			}
+		}
+	}
+	return ips
+}
