@@ -1,0 +1,63 @@
+package main
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+func TestQuantile(t *testing.T) {
+	for _, tt := range []struct {
+		values []float64
+		q      float64
+		want   float64
+	}{
+		{[]float64{7}, 0.5, 7},
+		{[]float64{3, 1, 2}, 0.5, 2},
+		{[]float64{4, 1, 3, 2}, 0.5, 2},
+		{[]float64{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 0.95, 10},
+	} {
+		if got := quantile(tt.values, tt.q); got != tt.want {
+			t.Errorf("quantile(%v, %v) = %v, want %v", tt.values, tt.q, got, tt.want)
+		}
+	}
+}
+
+func TestReportComparesToTheFirst(t *testing.T) {
+	one := &subject{endpoint: endpoint{name: "one"}, options: options{runs: 2}, samples: samples{"RunPodSandbox": {2, 2}, "pss": {10 << 20}}}
+	two := &subject{endpoint: endpoint{name: "two"}, samples: samples{"RunPodSandbox": {1, 1}, "pss": {40 << 20}}}
+	text := newReport([]*subject{one, two}).String()
+	for _, want := range []string{"2000 ms", "0.50x", "40.0 MiB", "4.00x"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, text)
+		}
+	}
+}
+
+func TestWeighFindsByCommandLine(t *testing.T) {
+	id := strings.Repeat("5eed", 16)
+	sleeper := exec.Command("sh", "-c", "read x", id)
+	stdin, err := sleeper.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sleeper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer sleeper.Wait()
+	defer stdin.Close()
+	w, err := weigh(id)
+	if err != nil || w.processes < 1 || w.pss <= 0 {
+		t.Fatalf("weighed %+v, %v", w, err)
+	}
+}
+
+func TestEndpoint(t *testing.T) {
+	e, err := parseEndpoint("kata=unix:///run/c.sock+kata")
+	if err != nil || e != (endpoint{"kata", "unix:///run/c.sock", "kata"}) {
+		t.Fatalf("got %+v, %v", e, err)
+	}
+	if _, err := parseEndpoint("unix:///run/c.sock"); err == nil {
+		t.Fatal("took an endpoint without a name")
+	}
+}

@@ -1,0 +1,214 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// subject is one runtime under measurement.
+type subject struct {
+	endpoint
+	options
+	version string
+	conn    *grpc.ClientConn
+	runtime cri.RuntimeServiceClient
+	imageID string
+	samples samples
+}
+
+// samples are the figures by name: seconds of a call, bytes of memory, numbers of processes.
+type samples map[string][]float64
+
+func connect(ctx context.Context, e endpoint, o options) (*subject, error) {
+	conn, err := grpc.NewClient(e.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", e.name, err)
+	}
+	s := &subject{endpoint: e, options: o, conn: conn, runtime: cri.NewRuntimeServiceClient(conn), samples: samples{}}
+	if err := s.prepare(ctx); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("%s at %s: %w", e.name, e.address, err)
+	}
+	return s, nil
+}
+
+func (s *subject) close() { s.conn.Close() }
+
+func (s *subject) prepare(ctx context.Context) error {
+	v, err := s.runtime.Version(ctx, &cri.VersionRequest{})
+	if err != nil {
+		return err
+	}
+	s.version = v.RuntimeName + " " + v.RuntimeVersion
+	images := cri.NewImageServiceClient(s.conn)
+	p, err := images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: s.image}})
+	if err != nil {
+		return err
+	}
+	s.imageID = p.ImageRef
+	return nil
+}
+
+func (s *subject) podConfig() *cri.PodSandboxConfig {
+	id := rand.Text()
+	return &cri.PodSandboxConfig{
+		Metadata:     &cri.PodSandboxMetadata{Name: "bench-" + id[:8], Namespace: "bench", Uid: id},
+		LogDirectory: os.TempDir(),
+		Linux: &cri.LinuxPodSandboxConfig{CgroupParent: s.parent, SecurityContext: &cri.LinuxSandboxSecurityContext{
+			NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER},
+		}},
+	}
+}
+
+// timed runs one call and keeps what it took.
+func (s *subject) timed(ctx context.Context, count bool, name string, call func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, opLimit)
+	defer cancel()
+	start := time.Now()
+	if err := call(ctx); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	if count {
+		s.samples[name] = append(s.samples[name], time.Since(start).Seconds())
+	}
+	return nil
+}
+
+// cycle takes one pod through its life.
+func (s *subject) cycle(ctx context.Context, count bool) (err error) {
+	p := &pod{subject: s, config: s.podConfig()}
+	defer func() {
+		if err != nil && p.id != "" {
+			p.remove(context.WithoutCancel(ctx), false)
+		}
+	}()
+	for _, step := range []func(context.Context, bool) error{p.run, p.create, p.start, p.exec, p.weigh, p.remove} {
+		if err := step(ctx, count); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// density starts n idle pods beside one another and weighs them together.
+func (s *subject) density(ctx context.Context, n int) error {
+	var pods []*pod
+	defer func() {
+		for _, p := range pods {
+			if p.id != "" {
+				p.remove(context.WithoutCancel(ctx), false)
+			}
+		}
+	}()
+	before := available()
+	for i := range n {
+		p := &pod{subject: s, config: s.podConfig()}
+		pods = append(pods, p)
+		start := time.Now()
+		if err := p.run(ctx, false); err != nil {
+			return fmt.Errorf("idle pod %d: %w", i+1, err)
+		}
+		s.samples["idle: start"] = append(s.samples["idle: start"], time.Since(start).Seconds())
+	}
+	var pss float64
+	for _, p := range pods {
+		w, err := weigh(p.id)
+		if err != nil {
+			return err
+		}
+		pss += w.pss
+	}
+	s.samples["idle: pss per pod"] = []float64{pss / float64(n)}
+	s.samples["idle: memory taken per pod"] = []float64{(before - available()) / float64(n)}
+	return nil
+}
+
+// pod is one pod with one container.
+type pod struct {
+	*subject
+	config        *cri.PodSandboxConfig
+	id, container string
+}
+
+func (p *pod) run(ctx context.Context, count bool) error {
+	return p.timed(ctx, count, "RunPodSandbox", func(ctx context.Context) error {
+		r, err := p.runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: p.config, RuntimeHandler: p.handler})
+		if err != nil {
+			return err
+		}
+		p.id = r.PodSandboxId
+		return nil
+	})
+}
+
+func (p *pod) create(ctx context.Context, count bool) error {
+	return p.timed(ctx, count, "CreateContainer", func(ctx context.Context) error {
+		r, err := p.runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
+			PodSandboxId:  p.id,
+			SandboxConfig: p.config,
+			Config: &cri.ContainerConfig{
+				Metadata: &cri.ContainerMetadata{Name: "bench"},
+				Image:    &cri.ImageSpec{Image: p.imageID},
+				Command:  []string{"sleep", "3600"},
+				LogPath:  p.config.Metadata.Name + ".log",
+				Linux:    &cri.LinuxContainerConfig{},
+			},
+		})
+		if err != nil {
+			return err
+		}
+		p.container = r.ContainerId
+		return nil
+	})
+}
+
+func (p *pod) start(ctx context.Context, count bool) error {
+	return p.timed(ctx, count, "StartContainer", func(ctx context.Context) error {
+		_, err := p.runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: p.container})
+		return err
+	})
+}
+
+func (p *pod) exec(ctx context.Context, count bool) error {
+	return p.timed(ctx, count, "ExecSync", func(ctx context.Context) error {
+		r, err := p.runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: p.container, Cmd: []string{"true"}, Timeout: 60})
+		if err == nil && r.ExitCode != 0 {
+			err = fmt.Errorf("exit code %d: %s", r.ExitCode, r.Stderr)
+		}
+		return err
+	})
+}
+
+func (p *pod) weigh(_ context.Context, count bool) error {
+	w, err := weigh(p.id)
+	if err == nil && count {
+		p.samples["pss"] = append(p.samples["pss"], w.pss)
+		p.samples["processes"] = append(p.samples["processes"], w.processes)
+	}
+	return err
+}
+
+func (p *pod) remove(ctx context.Context, count bool) error {
+	defer os.Remove(os.TempDir() + "/" + p.config.Metadata.Name + ".log")
+	return p.timed(ctx, count, "Stop+Remove", func(ctx context.Context) error {
+		if p.container != "" {
+			// The kubelet asks for the grace period; without one the figures compare the runtimes'
+			// own work, not a container's patience.
+			if _, err := p.runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: p.container}); err != nil {
+				return err
+			}
+		}
+		if _, err := p.runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+			return err
+		}
+		_, err := p.runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: p.id})
+		return err
+	})
+}
