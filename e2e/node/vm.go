@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// bootLimit is how long the node may take to answer.
+const bootLimit = 4 * time.Minute
+
+const remote = "root@127.0.0.1"
+
+// up boots the node, unless it already answers.
+func (n *node) up(ctx context.Context) error {
+	if _, err := os.Stat(n.path("disk")); err != nil {
+		if err := n.build(ctx); err != nil {
+			return err
+		}
+	}
+	if n.ping(ctx) == nil {
+		return nil
+	}
+	qemu := exec.Command("qemu-system-x86_64",
+		"-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max", "-smp", strconv.Itoa(n.cpus), "-m", strconv.Itoa(n.memory), "-M", "q35",
+		"-display", "none", "-monitor", "none", "-no-reboot", "-serial", "file:"+n.path("console.log"), "-pidfile", n.path("pid"),
+		"-kernel", n.path("vmlinuz"), "-initrd", n.path("initrd"),
+		"-append", "console=ttyS0 root=/dev/vda rw mitigations=off nokaslr audit=0 systemd.show_status=0 systemd.unified_cgroup_hierarchy=1",
+		"-drive", "file="+n.path("disk")+",if=none,id=root,format=raw,cache=unsafe,discard=unmap", "-device", "virtio-blk-pci,drive=root",
+		"-netdev", fmt.Sprintf("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:%d-:22", n.port), "-device", "virtio-net-pci,netdev=net",
+		"-device", "virtio-rng-pci")
+	log, err := os.Create(n.path("qemu.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	qemu.Stdout, qemu.Stderr = log, log
+	qemu.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := qemu.Start(); err != nil {
+		return fmt.Errorf("start the node: %w", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- qemu.Wait() }()
+	return n.waitUp(ctx, ended)
+}
+
+// waitUp waits for the node's first answer. ssh itself waits in its connection attempt, so this
+// loop is paced by it and by the clock of the retry.
+func (n *node) waitUp(ctx context.Context, ended <-chan error) error {
+	ctx, cancel := context.WithTimeout(ctx, bootLimit)
+	defer cancel()
+	for n.ping(ctx) != nil {
+		select {
+		case err := <-ended:
+			return fmt.Errorf("the node's QEMU ended: %v; see %s", err, n.path("qemu.log"))
+		case <-ctx.Done():
+			console, _ := os.ReadFile(n.path("console.log"))
+			return fmt.Errorf("the node did not answer in %v; end of its console:\n%s", bootLimit, tail(string(console), 2000))
+		case <-time.After(time.Second):
+		}
+	}
+	return nil
+}
+
+func (n *node) ping(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return n.ssh(ctx, "true").Run()
+}
+
+func (n *node) sshOptions() []string {
+	return []string{"-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+		"-o", "LogLevel=ERROR", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=20", "-o", "ServerAliveCountMax=6", "-i", n.path("key")}
+}
+
+func (n *node) ssh(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "ssh", append(append(n.sshOptions(), "-p", strconv.Itoa(n.port), remote), args...)...)
+}
+
+func (n *node) run(ctx context.Context, args []string) error {
+	if n.limit > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, n.limit)
+		defer cancel()
+	}
+	c := n.ssh(ctx, args...)
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	err := c.Run()
+	if ctx.Err() != nil {
+		return fmt.Errorf("the command ran longer than %v: %w", n.limit, ctx.Err())
+	}
+	return err
+}
+
+// copy runs scp; the remote end is the sources' or the destination's.
+func (n *node) copy(ctx context.Context, args []string, from, to string) error {
+	if len(args) < 2 {
+		return errors.New("want FILE... DIR")
+	}
+	scp := append([]string{"-q", "-r", "-P", strconv.Itoa(n.port)}, n.sshOptions()...)
+	for i, arg := range args {
+		host := from
+		if i == len(args)-1 {
+			host = to
+		}
+		if host != "" {
+			arg = host + ":" + arg
+		}
+		scp = append(scp, arg)
+	}
+	return command(ctx, "scp", scp...)
+}
+
+// down powers the node off and waits for its QEMU to end; one that does not obey is ended.
+func (n *node) down(ctx context.Context) error {
+	data, err := os.ReadFile(n.path("pid"))
+	if err != nil {
+		return nil // it is not running
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil {
+		return fmt.Errorf("%s: %w", n.path("pid"), err)
+	}
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		return err
+	}
+	limit, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	n.ssh(limit, "systemctl", "poweroff").Run() // it may be frozen: the signal below helps then
+	for end := time.Now().Add(40 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		if p.Signal(syscall.Signal(0)) != nil {
+			return nil
+		}
+	}
+	return p.Kill()
+}
