@@ -1,0 +1,206 @@
+// Package process starts VMM processes that outlive the daemon, finds them again after it was
+// restarted, and waits for their end without a thread or a timer per process.
+package process
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"os/exec"
+	"strconv"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Spec says what to start.
+type Spec struct {
+	Path string
+	Args []string // without the program's name
+	Dir  string
+	// Log takes standard output and error; nil: /dev/null.
+	Log *os.File
+	// Files become descriptors 3, 4, ... No other descriptor is inherited.
+	Files []*os.File
+	// Cgroup, where set, is a cgroup v2 directory in which the process starts.
+	Cgroup string
+}
+
+// Identity names a process for as long as the machine runs, even when its number is used again.
+type Identity struct {
+	PID int
+	// Start is its start time in clock ticks since boot (/proc/PID/stat, field 22).
+	Start uint64
+	// Boot is the boot_id of the machine.
+	Boot string
+}
+
+// Process is a running process, or one that has ended.
+type Process struct {
+	identity Identity
+	pidfd    *os.File
+	cmd      *exec.Cmd // nil when it is not our child
+	done     chan struct{}
+	err      error // written before done is closed
+}
+
+// Start starts a process in a session of its own. It does not end with the daemon.
+func Start(s Spec) (*Process, error) {
+	if err := closeOnExec(); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(s.Path, s.Args...)
+	cmd.Dir, cmd.Env = s.Dir, []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.ExtraFiles = s.Files
+	if s.Log != nil { // a nil *os.File in the interface would not be nil
+		cmd.Stdout, cmd.Stderr = s.Log, s.Log
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if s.Cgroup != "" {
+		dir, err := os.Open(s.Cgroup)
+		if err != nil {
+			return nil, fmt.Errorf("start %s in its cgroup: %w", s.Path, err)
+		}
+		defer dir.Close()
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", s.Path, err)
+	}
+	p, err := open(cmd.Process.Pid)
+	if err != nil {
+		cmd.Process.Kill()
+		cmd.Wait()
+		return nil, fmt.Errorf("start %s: %w", s.Path, err)
+	}
+	p.cmd = cmd
+	go p.wait()
+	return p, nil
+}
+
+// Find returns the process if it still runs; otherwise an error that wraps fs.ErrNotExist.
+func Find(id Identity) (*Process, error) {
+	p, err := open(id.PID)
+	if err != nil {
+		return nil, err
+	}
+	// Compared after the descriptor was opened: it can't have changed hands since.
+	if p.identity != id {
+		p.pidfd.Close()
+		return nil, fmt.Errorf("process %d is another one now: %w", id.PID, fs.ErrNotExist)
+	}
+	go p.wait()
+	return p, nil
+}
+
+// closeOnExec marks, once, the descriptors that this process itself was started with; Go marks all
+// that it opens.
+var closeOnExec = sync.OnceValue(func() error {
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("mark inherited descriptors: %w", err)
+	}
+	return nil
+})
+
+func open(pid int) (*Process, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return nil, fmt.Errorf("process %d: %w", pid, fs.ErrNotExist)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("process %d: pidfd_open: %w", pid, err)
+	}
+	pidfd := os.NewFile(uintptr(fd), "pidfd")
+	start, err := startTime(pid)
+	if err != nil {
+		pidfd.Close()
+		return nil, err
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		pidfd.Close()
+		return nil, err
+	}
+	id := Identity{PID: pid, Start: start, Boot: string(bytes.TrimSpace(boot))}
+	return &Process{identity: id, pidfd: pidfd, done: make(chan struct{})}, nil
+}
+
+// startTime reads field 22 of /proc/PID/stat; the second field may contain anything but ends at
+// the last parenthesis.
+func startTime(pid int) (uint64, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, fmt.Errorf("process %d: %w", pid, fs.ErrNotExist)
+	}
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("process %d: malformed stat", pid)
+	}
+	return strconv.ParseUint(string(fields[19]), 10, 64)
+}
+
+// wait waits on the runtime's poller until the descriptor says that the process has ended.
+func (p *Process) wait() {
+	defer close(p.done)
+	defer p.pidfd.Close()
+	raw, err := p.pidfd.SyscallConn()
+	if err == nil {
+		err = raw.Read(func(fd uintptr) bool {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+			return n > 0 || err != nil && err != unix.EINTR
+		})
+	}
+	if p.cmd != nil {
+		err = p.cmd.Wait()
+	}
+	p.err = err
+}
+
+// Identity is what Find needs.
+func (p *Process) Identity() Identity { return p.identity }
+
+// PID is its number.
+func (p *Process) PID() int { return p.identity.PID }
+
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Err is the exit status of an own child as an *exec.ExitError, once Done is closed. It is nil for
+// status 0, and for a process that was found, whose status nobody tells.
+func (p *Process) Err() error {
+	<-p.done
+	return p.err
+}
+
+// Kill ends the process and returns when it is gone. It is idempotent.
+func (p *Process) Kill(ctx context.Context) error {
+	select {
+	case <-p.done:
+		return nil
+	default:
+	}
+	err := p.signal(unix.SIGKILL)
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("kill process %d: %w", p.PID(), errors.Join(ctx.Err(), err))
+	}
+}
+
+func (p *Process) signal(s unix.Signal) error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sent error
+	if err := raw.Control(func(fd uintptr) { sent = unix.PidfdSendSignal(int(fd), s, nil, 0) }); err != nil {
+		return err
+	}
+	return sent
+}
