@@ -1,0 +1,52 @@
+// Command caisson-agent is PID 1 in a pod's VM: it sets the guest up and runs the pod's containers
+// on behalf of the host. The kernel also runs it as /sbin/modprobe.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/caisson-vm/caisson/podvm/agent/guest/boot"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+func main() {
+	if filepath.Base(os.Args[0]) == "modprobe" {
+		os.Exit(boot.Modprobe(os.Args[1:]))
+	}
+	if os.Getpid() != 1 {
+		fmt.Println("caisson-agent", version, "is started by the kernel of a pod's VM")
+		os.Exit(2)
+	}
+	boot.Fatal(run(context.Background()))
+}
+
+func run(ctx context.Context) error {
+	g, err := boot.Init()
+	if err != nil {
+		return err
+	}
+	if err := g.Serve(ctx, serve); err != nil {
+		return err
+	}
+	return errors.New("all channels to the host were closed")
+}
+
+func serve(ctx context.Context, l net.Listener) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		up, _ := os.ReadFile("/proc/uptime")
+		status, _ := os.ReadFile("/proc/self/status")
+		mem, _ := os.ReadFile("/proc/meminfo")
+		fmt.Fprintf(c, "up %s\n%s%sEND\n", up, status, mem)
+	}
+}

@@ -1,0 +1,57 @@
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// settings are what a node has that was set up for Kubernetes (those of the kubelet's
+// --protect-kernel-defaults, and systemd's), and limits that the kernel derives from the memory it
+// boots with, which here is a fraction of what the pod may get.
+var settings = map[string]string{
+	"kernel/panic":                "-1",
+	"kernel/panic_on_oops":        "1",
+	"kernel/pid_max":              "4194304",
+	"kernel/threads-max":          "1048576",
+	"kernel/keys/root_maxbytes":   "25000000",
+	"kernel/keys/root_maxkeys":    "1000000",
+	"vm/overcommit_memory":        "1",
+	"vm/panic_on_oom":             "0",
+	"fs/file-max":                 "9223372036854775807",
+	"fs/inotify/max_user_watches": "1048576",
+	"fs/epoll/max_user_watches":   "4194304",
+	"user/max_user_namespaces":    "524288",
+	"user/max_mnt_namespaces":     "524288",
+	"user/max_net_namespaces":     "524288",
+	"user/max_pid_namespaces":     "524288",
+	"user/max_ipc_namespaces":     "524288",
+	"user/max_uts_namespaces":     "524288",
+	"user/max_cgroup_namespaces":  "524288",
+	"user/max_time_namespaces":    "524288",
+}
+
+func limits() error {
+	for name, value := range settings {
+		if err := write(path.Join("/proc/sys", name), value); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	if err := write("/proc/self/oom_score_adj", "-1000"); err != nil {
+		return err
+	}
+	const infinity = ^uint64(0)
+	for resource, limit := range map[int]uint64{
+		unix.RLIMIT_NOFILE: 1 << 20, unix.RLIMIT_NPROC: infinity, unix.RLIMIT_SIGPENDING: infinity,
+	} {
+		// Package syscall knows that the limit was set, and leaves it to child processes.
+		if err := syscall.Setrlimit(resource, &syscall.Rlimit{Cur: limit, Max: limit}); err != nil {
+			return fmt.Errorf("set resource limit %d: %w", resource, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,262 @@
+package guestimage
+
+import (
+	"archive/tar"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/internal/atomicfile"
+	"github.com/containerd/errdefs"
+)
+
+// recipe changes whenever the same inputs are to give another image.
+const recipe = 1
+
+// BuildOptions says what to build a guest from.
+type BuildOptions struct {
+	// Output is the folder to make or replace; nothing but an image may be in it.
+	Output string
+	// Agent is the path of the caisson-agent program, statically linked.
+	Agent string
+	// Cache keeps the downloaded packages; "" is /var/cache/caisson/packages.
+	Cache string
+	// KernelPackage is a Debian kernel package, or a metapackage that depends on one; "" is
+	// linux-image-cloud-amd64.
+	KernelPackage string
+}
+
+// Build makes the guest and returns it. An image in Output that was made from the same inputs is
+// left as it is; else it is replaced in one step. Packages come from the host's apt, in the
+// versions it would install, and are downloaded unless they are in the cache.
+func Build(ctx context.Context, o BuildOptions) (Files, error) {
+	if o.Cache == "" {
+		o.Cache = "/var/cache/caisson/packages"
+	}
+	if o.KernelPackage == "" {
+		o.KernelPackage = "linux-image-cloud-amd64"
+	}
+	output, err := filepath.Abs(o.Output)
+	if err != nil {
+		return Files{}, err
+	}
+	if err := replaceable(output); err != nil {
+		return Files{}, err
+	}
+	agent, err := os.ReadFile(o.Agent)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Files{}, fmt.Errorf("no agent at %s, run 'make build': %w", o.Agent, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return Files{}, err
+	}
+	kernel, crun, err := resolve(ctx, o.KernelPackage)
+	if err != nil {
+		return Files{}, err
+	}
+	inputs := digest(recipe, Cmdline, wanted, unwanted, sha256.Sum256(agent), kernel, crun)
+	if m, err := readManifest(output); err == nil && m.Inputs == inputs && Verify(output) == nil {
+		return Open(output)
+	}
+	b := builder{cache: o.Cache, tree: make(tree), manifest: Manifest{
+		Format: manifestFormat, Inputs: inputs, Cmdline: Cmdline, Packages: make(map[string]string),
+	}}
+	if err := b.assemble(ctx, kernel, crun, agent); err != nil {
+		return Files{}, err
+	}
+	return b.publish(output)
+}
+
+// replaceable returns an error if dir has something in it that Build did not make.
+func replaceable(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		if !slices.Contains([]string{kernelName, initrdName, manifestName}, e.Name()) {
+			return fmt.Errorf("%s holds %s, which is no part of a guest; name a folder of its own: %w", dir, e.Name(), errdefs.ErrFailedPrecondition)
+		}
+	}
+	return err
+}
+
+// resolve asks apt for the packages that everything else follows from.
+func resolve(ctx context.Context, kernelPackage string) (kernel, crun deb, err error) {
+	debs, err := candidates(ctx, kernelPackage, "crun")
+	if err != nil {
+		return kernel, crun, err
+	}
+	kernel, crun = debs[0], debs[1]
+	// A metapackage depends on the kernel's own package, whose name has its release in it.
+	i := slices.IndexFunc(kernel.depends, func(d string) bool { return strings.HasPrefix(d, "linux-image-") })
+	if i < 0 {
+		return kernel, crun, nil
+	}
+	debs, err = candidates(ctx, kernel.depends[i])
+	if err != nil {
+		return kernel, crun, err
+	}
+	return debs[0], crun, nil
+}
+
+type builder struct {
+	cache    string
+	tree     tree
+	kernel   []byte
+	manifest Manifest
+}
+
+func (b *builder) assemble(ctx context.Context, kernel, crun deb, agent []byte) error {
+	slog.Info("build guest", "kernel", kernel.name, "version", kernel.version)
+	if err := b.addKernel(ctx, kernel); err != nil {
+		return err
+	}
+	used, err := addProgram(ctx, b.tree, b.cache, "bin/crun", crun)
+	if err != nil {
+		return err
+	}
+	for _, d := range append(used, kernel) {
+		b.manifest.Packages[d.name] = d.version
+	}
+	for _, dir := range []string{"dev", "etc", "mnt", "proc", "root", "run", "sys", "usr", "var"} {
+		b.tree.dir(dir, 0o755)
+	}
+	b.tree.dir("tmp", 0o1777)
+	b.tree.symlink("usr/bin", "../bin")
+	b.tree.symlink("usr/lib", "../lib")
+	// The kernel opens the console before the agent can mount /dev.
+	b.tree.char("dev/console", 0o600, 5, 1)
+	b.tree.file("init", 0o755, agent)
+	// The agent loads modules for the kernel too, under this name.
+	b.tree.symlink("sbin/modprobe", "../init")
+	return nil
+}
+
+// addKernel takes the kernel and its modules from the package.
+func (b *builder) addKernel(ctx context.Context, kernel deb) error {
+	file, err := download(ctx, b.cache, kernel)
+	if err != nil {
+		return err
+	}
+	var bzImage []byte
+	all := make(modules)
+	err = unpack(ctx, file, func(name string, h *tar.Header, r io.Reader) (err error) {
+		if h.Typeflag != tar.TypeReg {
+			return nil
+		}
+		if release, ok := strings.CutPrefix(name, "boot/vmlinuz-"); ok {
+			b.manifest.Kernel = release
+			bzImage, err = io.ReadAll(r)
+		}
+		if rest, ok := strings.CutPrefix(name, "lib/modules/"); ok && path.Ext(name) == ".ko" {
+			_, file, _ := strings.Cut(rest, "/kernel/")
+			all[strings.TrimSuffix(file, ".ko")], err = io.ReadAll(r)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if b.kernel, err = vmlinux(bzImage); err != nil {
+		return fmt.Errorf("kernel of %s: %w", kernel.name, err)
+	}
+	picked, err := all.pick()
+	if err != nil {
+		return fmt.Errorf("%s: %w", kernel.name, err)
+	}
+	if _, ok := picked["virtio_pci"]; !ok {
+		return fmt.Errorf("%s has no module virtio_pci among its %d uncompressed ones", kernel.name, len(all))
+	}
+	addModules(b.tree, b.manifest.Kernel, picked)
+	return nil
+}
+
+// publish writes the image beside the output and puts it in its place in one step.
+func (b *builder) publish(output string) (Files, error) {
+	parent := filepath.Dir(output)
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return Files{}, err
+	}
+	tmp, err := os.MkdirTemp(parent, "."+filepath.Base(output)+"-*")
+	if err != nil {
+		return Files{}, err
+	}
+	defer os.RemoveAll(tmp) // by then it is the image that was replaced, if any
+	if err := b.write(tmp); err != nil {
+		return Files{}, err
+	}
+	err = unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, output, unix.RENAME_EXCHANGE)
+	if errors.Is(err, unix.ENOENT) {
+		err = unix.Rename(tmp, output)
+	}
+	if err != nil {
+		return Files{}, fmt.Errorf("put the guest in its place at %s: %w", output, err)
+	}
+	if err := atomicfile.SyncDir(parent); err != nil {
+		return Files{}, err
+	}
+	return Open(output)
+}
+
+func (b *builder) write(dir string) error {
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return err
+	}
+	files := map[string]func(io.Writer) error{
+		kernelName: func(w io.Writer) error { _, err := w.Write(b.kernel); return err },
+		initrdName: b.tree.write,
+	}
+	b.manifest.Files = make(map[string]File)
+	for name, write := range files {
+		file, err := writeFile(filepath.Join(dir, name), write)
+		if err != nil {
+			return err
+		}
+		b.manifest.Files[name] = file
+	}
+	b.manifest.Version = digest(b.manifest.Files, b.manifest.Cmdline, b.manifest.Packages)[:16]
+	data, err := json.MarshalIndent(b.manifest, "", "  ")
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(filepath.Join(dir, manifestName), append(data, '\n'), 0o644)
+}
+
+// writeFile makes a file, durably, and describes it.
+func writeFile(file string, write func(io.Writer) error) (File, error) {
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return File{}, err
+	}
+	defer f.Close()
+	if err := write(f); err != nil {
+		return File{}, err
+	}
+	if err := f.Sync(); err != nil {
+		return File{}, err
+	}
+	return describe(file)
+}
+
+// digest hashes values by their Go syntax, in which maps are sorted.
+func digest(values ...any) string {
+	h := sha256.New()
+	for _, v := range values {
+		fmt.Fprintf(h, "%#v\n", v)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
