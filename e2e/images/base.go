@@ -193,7 +193,7 @@ func apache(root string, b *base) (v1.Image, error) {
 			return nil, err
 		}
 	}
-	for _, module := range []string{"mod_mpm_event.so", "mod_authz_core.so", "mod_dir.so"} {
+	for _, module := range []string{"mod_mpm_prefork.so", "mod_authz_core.so", "mod_dir.so"} {
 		if err := l.CopyAs(root, modules+"/"+module, home+"/modules/"+module); err != nil {
 			return nil, err
 		}
@@ -203,8 +203,9 @@ func apache(root string, b *base) (v1.Image, error) {
 ServerName localhost
 Listen 80
 PidFile /run/httpd.pid
+StartServers 1
 DefaultRuntimeDir /run
-LoadModule mpm_event_module modules/mod_mpm_event.so
+LoadModule mpm_prefork_module modules/mod_mpm_prefork.so
 LoadModule authz_core_module modules/mod_authz_core.so
 LoadModule dir_module modules/mod_dir.so
 User www-data
