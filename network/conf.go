@@ -1,0 +1,110 @@
+package network
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
+)
+
+// maxConfBytes bounds a configuration file.
+const maxConfBytes = 2 << 20
+
+// config reads the network configuration: the first file by name in ConfDir. It is read anew each
+// time, which costs tens of microseconds, so a changed file counts from the next pod on. A first
+// file that is broken is an error and not passed over: the next one would be another network,
+// with other rules of who may talk to whom.
+func (n *CNI) config() (*libcni.NetworkConfigList, error) {
+	files, err := libcni.ConfFiles(n.o.ConfDir, []string{".conf", ".conflist", ".json"})
+	if err != nil {
+		return nil, fmt.Errorf("cni configuration: %w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	if len(files) == 0 {
+		return nil, fmt.Errorf("no CNI configuration in %s: install a network plugin that puts one there, "+
+			"or copy deploy/10-caisson.conflist to it: %w", n.o.ConfDir, errdefs.ErrFailedPrecondition)
+	}
+	slices.Sort(files)
+	list, err := parseConf(files[0])
+	if err != nil {
+		return nil, fmt.Errorf("cni configuration %s: %w; repair it, or remove it to use the next file: %w",
+			files[0], err, errdefs.ErrFailedPrecondition)
+	}
+	return list, nil
+}
+
+func parseConf(path string) (*libcni.NetworkConfigList, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > maxConfBytes {
+		return nil, fmt.Errorf("%d bytes are more than the %d allowed", info.Size(), maxConfBytes)
+	}
+	list, err := parseConfList(path)
+	if err != nil {
+		return nil, err
+	}
+	// The name becomes part of a file name in the cache.
+	if list.Name == "" || strings.ContainsRune(list.Name, filepath.Separator) {
+		return nil, fmt.Errorf("network name %q", list.Name)
+	}
+	for i, p := range list.Plugins {
+		if p.Network.Type == "" {
+			return nil, fmt.Errorf("plugin %d of the list has no type", i+1)
+		}
+	}
+	return list, nil
+}
+
+func parseConfList(path string) (*libcni.NetworkConfigList, error) {
+	if strings.HasSuffix(path, ".conflist") {
+		return libcni.NetworkConfFromFile(path)
+	}
+	// The format of one plugin per file, which ConfListFromConf turns into a list.
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	conf, err := libcni.NetworkPluginConfFromBytes(data)
+	if err != nil {
+		return nil, err
+	}
+	return libcni.ConfListFromConf(conf)
+}
+
+// Status returns nil when pods can get a network, else the reason why not and what to do.
+// Plugins of CNI 1.1 are asked themselves (STATUS).
+func (n *CNI) Status(ctx context.Context) error {
+	list, err := n.config()
+	if err != nil {
+		return err
+	}
+	for _, p := range list.Plugins {
+		for _, name := range []string{p.Network.Type, p.Network.IPAM.Type} {
+			if name == "" {
+				continue
+			}
+			if _, err := invoke.FindInPath(name, n.o.BinDirs); err != nil {
+				return missingPlugin(name, n.o.BinDirs)
+			}
+		}
+	}
+	if _, err := os.Stat(tunDevice); err != nil {
+		return fmt.Errorf("no tap devices: %w; run \"modprobe tun\": %w", err, errdefs.ErrFailedPrecondition)
+	}
+	if err := n.lib.GetStatusNetworkList(ctx, list); err != nil {
+		return fmt.Errorf("cni status of network %q: %w", list.Name, err)
+	}
+	return nil
+}
+
+func missingPlugin(name string, dirs []string) error {
+	return fmt.Errorf("cni plugin %q is in none of %s: install it there, or name its directory in the configuration (Debian: apt install containernetworking-plugins): %w",
+		name, strings.Join(dirs, ", "), errdefs.ErrFailedPrecondition)
+}

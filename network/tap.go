@@ -1,0 +1,174 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/containernetworking/cni/libcni"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const tunDevice = "/dev/net/tun"
+
+// tapFlags: frames come with a virtio-net header, so that checksums and segmentation may be left
+// to whoever does them last (the VMM enables what its guest negotiated, TUNSETOFFLOAD). One queue:
+// a tap with IFF_MULTI_QUEUE has 256 of each kind, with their queueing disciplines, whether used
+// or not, and a VM takes one descriptor per card.
+const tapFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
+
+// connect puts a tap beside each interface in the pod's namespace, redirects what arrives at
+// either to the other, and returns what the guest's cards must be like, the primary first.
+//
+// The interfaces keep their addresses, though those are the guest's: CHECK wants to see them, and
+// DEL of the bridge plugin takes the addresses whose masquerading it removes from there. The
+// namespace's own stack can't answer for the guest, because redirected frames never reach it,
+// whether or not a VM is there to take them.
+func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interface, error) {
+	var ifaces []Interface
+	err := inNetNS(rt.NetNS, func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("netlink: %w", err)
+		}
+		defer h.Close()
+		links, err := podLinks(h, rt.IfName, result)
+		if err != nil {
+			return err
+		}
+		for i, link := range links {
+			iface, err := inspect(h, link, result)
+			if err != nil {
+				return fmt.Errorf("interface %s: %w", link.Attrs().Name, err)
+			}
+			iface.Tap = fmt.Sprintf("caisson%d", i)
+			if err := n.addTap(h, iface.Tap, link); err != nil {
+				return fmt.Errorf("tap for interface %s: %w", link.Attrs().Name, err)
+			}
+			ifaces = append(ifaces, iface)
+		}
+		return nil
+	})
+	return ifaces, err
+}
+
+// podLinks lists the interfaces that the plugins made in the thread's namespace, the one they were
+// asked for first. Not all need stand in the result: Multus reports only the primary one.
+func podLinks(h *netlink.Handle, primary string, result *types100.Result) ([]netlink.Link, error) {
+	all, err := dump(h.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	reported := func(name string) bool {
+		return slices.ContainsFunc(result.Interfaces, func(i *types100.Interface) bool {
+			return i.Sandbox != "" && i.Name == name
+		})
+	}
+	var links []netlink.Link
+	for _, l := range all {
+		name := l.Attrs().Name
+		carries := slices.Contains([]string{"veth", "macvlan", "ipvlan", "netkit", "device"}, l.Type())
+		switch {
+		case l.Attrs().Flags&net.FlagLoopback != 0 || l.Attrs().Flags&net.FlagUp == 0:
+		case name == primary:
+			links = slices.Insert(links, 0, l)
+		case carries || reported(name):
+			links = append(links, l)
+		}
+	}
+	if len(links) == 0 || links[0].Attrs().Name != primary {
+		return nil, fmt.Errorf("the CNI plugins succeeded but left no interface %s that is up in the pod's namespace; see their configuration: %w",
+			primary, errdefs.ErrUnavailable)
+	}
+	return links, nil
+}
+
+// addTap makes a tap in the thread's namespace that outlives its descriptor, and joins it to link.
+func (n *CNI) addTap(h *netlink.Handle, name string, link netlink.Link) error {
+	fd, err := attachTap(name, tapFlags|unix.IFF_TUN_EXCL)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make %s persistent: %w", name, err)
+	}
+	// Up, the namespace's stack would greet the guest with its own neighbour discovery.
+	if err := ipv6Sysctl(name, "disable_ipv6", "1"); err != nil {
+		return err
+	}
+	tap, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
+		return fmt.Errorf("mtu %d of %s: %w", link.Attrs().MTU, name, err)
+	}
+	if err := h.LinkSetUp(tap); err != nil {
+		return fmt.Errorf("%s up: %w", name, err)
+	}
+	for _, way := range [][2]netlink.Link{{link, tap}, {tap, link}} {
+		if err := n.redirect(h, way[0], way[1]); err != nil {
+			return fmt.Errorf("redirect %s to %s: %w", way[0].Attrs().Name, way[1].Attrs().Name, err)
+		}
+	}
+	return nil
+}
+
+// OpenTap returns a descriptor of the i-th interface's tap, non-blocking, to be given to a VMM.
+// Each read and write is one frame behind a virtio-net header (10 bytes until TUNSETVNETHDRSZ).
+// A tap serves one VMM at a time: while another holds it, it is errdefs.ErrFailedPrecondition.
+// One whose namespace is gone, as after a reboot, is errdefs.ErrNotFound.
+func (n *CNI) OpenTap(a *Attachment, i int) (*os.File, error) {
+	if i < 0 || i >= len(a.Interfaces) {
+		return nil, fmt.Errorf("interface %d of %d: %w", i, len(a.Interfaces), errdefs.ErrInvalidArgument)
+	}
+	name := a.Interfaces[i].Tap
+	if !isNetNS(a.NetNS) {
+		return nil, fmt.Errorf("network namespace %s is gone: %w", a.NetNS, errdefs.ErrNotFound)
+	}
+	fd := -1
+	err := inNetNS(a.NetNS, func() error {
+		// Attaching to a tap that isn't there would make one, joined to nothing.
+		if _, err := net.InterfaceByName(name); err != nil {
+			return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+		}
+		var err error
+		fd, err = attachTap(name, tapFlags)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open tap %s in %s: %w", name, a.NetNS, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// attachTap opens the tap of that name in the thread's namespace.
+// Source: Linux Documentation/networking/tuntap.rst.
+func attachTap(name string, flags int) (int, error) {
+	fd, err := unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
+		return -1, fmt.Errorf("open %s: %w; run \"modprobe tun\": %w", tunDevice, err, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("open %s: %w", tunDevice, err)
+	}
+	req, err := unix.NewIfreq(name)
+	if err == nil {
+		req.SetUint16(uint16(flags))
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
+	}
+	if err != nil {
+		unix.Close(fd)
+		if errors.Is(err, unix.EBUSY) {
+			return -1, fmt.Errorf("%s is in use: %w: %w", name, err, errdefs.ErrFailedPrecondition)
+		}
+		return -1, fmt.Errorf("attach to %s: %w", name, err)
+	}
+	return fd, nil
+}
