@@ -1,0 +1,101 @@
+package harness
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Config is what a daemon under test is configured with. Its keys are the daemon's; what a test
+// leaves alone gets a value inside the scratch folder.
+type Config struct {
+	Listen string `toml:"listen"`
+	Root   string `toml:"root"`
+	State  string `toml:"state"`
+	Driver string `toml:"driver"`
+	Guest  string `toml:"guest"`
+	VM     struct {
+		Memory string `toml:"memory,omitempty"`
+		QEMU   string `toml:"qemu,omitempty"`
+	} `toml:"vm"`
+	CNI struct {
+		ConfDir string   `toml:"conf_dir"`
+		BinDirs []string `toml:"bin_dirs"`
+	} `toml:"cni"`
+	Images struct {
+		RegistriesConf string   `toml:"registries_conf"`
+		Policy         string   `toml:"policy"`
+		Pinned         []string `toml:"pinned,omitempty"`
+	} `toml:"images"`
+	Metrics struct {
+		Listen string `toml:"listen"`
+	} `toml:"metrics"`
+	Log struct {
+		Level string `toml:"level"`
+	} `toml:"log"`
+}
+
+// newConfig fills a configuration for a daemon that lives in dir, and makes its CNI configuration.
+func newConfig(t testing.TB, dir string) Config {
+	t.Helper()
+	var c Config
+	c.Listen = filepath.Join(dir, "cri.sock")
+	c.Root = filepath.Join(dir, "root")
+	c.State = filepath.Join(dir, "run")
+	c.Driver = "auto"
+	c.Guest = Guest()
+	c.CNI.ConfDir = filepath.Join(dir, "cni")
+	c.CNI.BinDirs = []string{"/opt/cni/bin", "/usr/lib/cni"}
+	c.Log.Level = "debug"
+	WriteCNI(t, c.CNI.ConfDir, filepath.Join(dir, "ipam"))
+	return c
+}
+
+// subnet numbers the bridges of one suite; each has a subnet of its own.
+var subnet int
+
+// WriteCNI writes a conflist to dir: a bridge with IPv4 and IPv6, and host ports. Addresses are
+// kept in ipam.
+func WriteCNI(t testing.TB, dir, ipam string) {
+	t.Helper()
+	subnet++
+	text := fmt.Sprintf(`{
+  "cniVersion": "1.0.0",
+  "name": "caisson-e2e-%[1]d",
+  "plugins": [
+    {
+      "type": "bridge", "bridge": "caisson-e2e%[1]d", "isGateway": true, "hairpinMode": true,
+      "ipam": {
+        "type": "host-local", "dataDir": %[2]q,
+        "ranges": [[{"subnet": "10.213.%[1]d.0/24"}], [{"subnet": "fd00:caa5:%[1]d::/64"}]],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+      }
+    },
+    {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}
+  ]
+}
+`, subnet, ipam)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "10-caisson.conflist"), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// write stores the configuration and returns the file's name.
+func (c Config) write(t testing.TB, dir string) string {
+	t.Helper()
+	data, err := toml.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "config.toml")
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
