@@ -1,5 +1,5 @@
 // Command caisson-agent is PID 1 in a pod's VM: it sets the guest up and runs the pod's containers
-// on behalf of the host. The kernel also runs it as /sbin/modprobe.
+// on behalf of the host. The kernel also runs it as modprobe.
 package main
 
 import (

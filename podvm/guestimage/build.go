@@ -24,7 +24,7 @@ import (
 )
 
 // recipe changes whenever the same inputs are to give another image.
-const recipe = 1
+const recipe = 2
 
 // BuildOptions says what to build a guest from.
 type BuildOptions struct {
@@ -67,7 +67,7 @@ func Build(ctx context.Context, o BuildOptions) (Files, error) {
 	if err != nil {
 		return Files{}, err
 	}
-	inputs := digest(recipe, Cmdline, wanted, unwanted, sha256.Sum256(agent), kernel, crun)
+	inputs := digest(recipe, Cmdline, atBoot, machine, onDemand, never, sha256.Sum256(agent), kernel, crun)
 	if m, err := readManifest(output); err == nil && m.Inputs == inputs && Verify(output) == nil {
 		return Open(output)
 	}
@@ -141,8 +141,9 @@ func (b *builder) assemble(ctx context.Context, kernel, crun deb, agent []byte) 
 	// The kernel opens the console before the agent can mount /dev.
 	b.tree.char("dev/console", 0o600, 5, 1)
 	b.tree.file("init", 0o755, agent)
-	// The agent loads modules for the kernel too, under this name.
-	b.tree.symlink("sbin/modprobe", "../init")
+	// The agent loads modules for the kernel too, under this name. It is not the kernel's default,
+	// /sbin/modprobe, which would be run many times over while the kernel starts, for nothing.
+	b.tree.symlink("modprobe", "init")
 	return nil
 }
 
@@ -181,8 +182,7 @@ func (b *builder) addKernel(ctx context.Context, kernel deb) error {
 	if _, ok := picked["virtio_pci"]; !ok {
 		return fmt.Errorf("%s has no module virtio_pci among its %d uncompressed ones", kernel.name, len(all))
 	}
-	addModules(b.tree, b.manifest.Kernel, picked)
-	return nil
+	return addModules(b.tree, b.manifest.Kernel, picked)
 }
 
 // publish writes the image beside the output and puts it in its place in one step.

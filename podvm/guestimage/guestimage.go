@@ -22,7 +22,20 @@ import (
 
 // Cmdline is what the guest's kernel is told besides what a VMM needs (console=...). It goes into
 // the manifest of an image when that is built.
-const Cmdline = "quiet loglevel=3 panic=-1"
+const Cmdline = "quiet loglevel=3 panic=-1" +
+	// virtio devices reach all memory: no 64 MiB of bounce buffers.
+	" swiotlb=noforce" +
+	// A kernel patched for one CPU and patched back when the second is plugged in would cost each
+	// clone the pages of its text.
+	" noreplace-smp" +
+	// No huge page is zeroed, and paid for, for a few bytes.
+	" transparent_hugepage=madvise" +
+	// Pods mount, unmount and leave namespaces: don't wait for grace periods.
+	" rcupdate.rcu_expedited=1" +
+	// No timers in an idle guest that watch clocks and CPUs.
+	" tsc=reliable nowatchdog" +
+	// Tests of the machine that delay the start.
+	" cryptomgr.notests no_timer_check"
 
 const (
 	kernelName   = "vmlinux"

@@ -10,37 +10,50 @@ import (
 	"path"
 	"slices"
 	"strings"
+
+	"github.com/pierrec/lz4/v4"
 )
 
-// wanted are the patterns (path.Match) of the kernel modules a guest has, by their path under
-// lib/modules/RELEASE/kernel without the suffix. What they depend on comes with them; one that the
-// kernel lacks, or has built in, is left out.
-var wanted = []string{
-	// The machine: what every VMM has, and what is hot-added.
-	"drivers/virtio/virtio_pci", "drivers/virtio/virtio_mem", "drivers/virtio/virtio_balloon",
-	"drivers/char/virtio_console", "drivers/char/hw_random/virtio-rng", "drivers/misc/pvpanic/*",
-	"drivers/block/virtio_blk", "drivers/scsi/virtio_scsi", "drivers/scsi/sd_mod",
-	"drivers/net/virtio_net", "net/vmw_vsock/vmw_vsock_virtio_transport",
-	"drivers/nvdimm/virtio_pmem", "drivers/nvdimm/nd_pmem", "drivers/acpi/button",
-	// File systems and block devices of images, volumes and scratch disks.
-	"fs/erofs/erofs", "fs/overlayfs/overlay", "fs/fuse/fuse", "fs/ext4/ext4", "fs/xfs/xfs",
-	"fs/quota/quota_v2", "drivers/md/dm-verity", "drivers/block/loop",
-	"arch/x86/crypto/crc32c-intel", "arch/x86/crypto/sha256-ssse3", "arch/x86/crypto/crct10dif-pclmul",
-	// Networks that pods build themselves: containers in pods, service meshes, VPNs.
-	"drivers/net/tun", "drivers/net/veth", "drivers/net/dummy", "drivers/net/macvlan",
-	"drivers/net/ipvlan/ipvlan", "drivers/net/vxlan/vxlan", "drivers/net/wireguard/wireguard",
-	"net/bridge/bridge", "net/bridge/br_netfilter", "net/ipv4/ip_tunnel", "net/ipv4/ipip",
-	"net/ipv6/sit", "net/ipv4/inet_diag", "net/ipv4/tcp_diag", "net/ipv4/tcp_bbr",
-	"net/netfilter/nf_*", "net/netfilter/nft_*", "net/netfilter/xt_*", "net/netfilter/nfnetlink*",
-	"net/netfilter/ipset/ip_set*", "net/ipv4/netfilter/*", "net/ipv6/netfilter/*",
-	"net/sched/sch_*", "net/sched/cls_*", "net/sched/act_*",
+// atBoot are the modules that every guest loads before the agent answers, in this order: what it
+// needs to find its devices, and what nearly every pod needs. A template has them, so that its
+// clones need not load them.
+var atBoot = []string{
+	"virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay", "fuse", "crc32c_intel",
 }
 
-// unwanted are exceptions to wanted: large, and of no use in a pod.
-var unwanted = []string{
-	"net/netfilter/*h323*", "net/netfilter/*_sip", "net/netfilter/nf_conntrack_pptp", "net/ipv4/netfilter/*h323*",
-	"net/ipv4/netfilter/*pptp*", "net/netfilter/xt_LED", "net/netfilter/xt_ipvs", "net/netfilter/xt_AUDIT",
-}
+// The patterns (path.Match) of the kernel modules a guest has, by their path under
+// lib/modules/RELEASE/kernel without the suffix. What they depend on comes with them; one that the
+// kernel lacks, or has built in, is left out.
+var (
+	// machine: what VMMs have, and what is hot-added. Loaded when such a device is there.
+	machine = []string{
+		"drivers/virtio/virtio_pci", "drivers/virtio/virtio_mem", "drivers/virtio/virtio_balloon",
+		"drivers/char/virtio_console", "drivers/char/hw_random/virtio-rng", "drivers/misc/pvpanic/*",
+		"drivers/block/virtio_blk", "drivers/net/virtio_net", "net/vmw_vsock/vmw_vsock_virtio_transport",
+		"drivers/nvdimm/virtio_pmem", "drivers/nvdimm/nd_pmem",
+		"fs/erofs/erofs", "fs/overlayfs/overlay", "fs/fuse/fuse", "arch/x86/crypto/crc32c-intel",
+	}
+	// onDemand: what the kernel asks for when a pod uses it.
+	onDemand = []string{
+		// File systems and block devices of volumes and scratch disks.
+		"fs/ext4/ext4", "fs/xfs/xfs", "fs/quota/quota_v2", "drivers/md/dm-verity", "drivers/block/loop",
+		"drivers/scsi/virtio_scsi", "drivers/scsi/sd_mod",
+		"arch/x86/crypto/sha256-ssse3", "arch/x86/crypto/crct10dif-pclmul",
+		// Networks that pods build themselves: containers in pods, service meshes, VPNs.
+		"drivers/net/tun", "drivers/net/veth", "drivers/net/dummy", "drivers/net/macvlan",
+		"drivers/net/ipvlan/ipvlan", "drivers/net/vxlan/vxlan", "drivers/net/wireguard/wireguard",
+		"net/bridge/bridge", "net/bridge/br_netfilter", "net/ipv4/ip_tunnel", "net/ipv4/ipip",
+		"net/ipv6/sit", "net/ipv4/inet_diag", "net/ipv4/tcp_diag", "net/ipv4/tcp_bbr",
+		"net/netfilter/nf_*", "net/netfilter/nft_*", "net/netfilter/xt_*", "net/netfilter/nfnetlink*",
+		"net/netfilter/ipset/ip_set*", "net/ipv4/netfilter/*", "net/ipv6/netfilter/*",
+		"net/sched/sch_*", "net/sched/cls_*", "net/sched/act_*",
+	}
+	// never are exceptions to onDemand: large, and of no use in a pod.
+	never = []string{
+		"net/netfilter/*h323*", "net/netfilter/*_sip", "net/netfilter/nf_conntrack_pptp", "net/ipv4/netfilter/*h323*",
+		"net/ipv4/netfilter/*pptp*", "net/netfilter/xt_LED", "net/netfilter/xt_ipvs", "net/netfilter/xt_AUDIT",
+	}
+)
 
 // module is a kernel module.
 type module struct {
@@ -48,48 +61,64 @@ type module struct {
 	data    []byte
 	depends []string
 	aliases []string
+	// plain modules are not compressed in the initramfs.
+	plain bool
 }
 
 // modules are a kernel's modules by their path as in wanted.
 type modules map[string][]byte
 
-// pick returns the wanted modules and those they need, by name.
+// pick returns the modules a guest has, and those they need, by name.
 func (all modules) pick() (map[string]module, error) {
-	byName := make(map[string]string, len(all))
-	for file := range all {
-		byName[moduleName(file)] = file
+	p := picker{all: all, byName: make(map[string]string, len(all)), picked: make(map[string]module)}
+	files := slices.Sorted(maps.Keys(all))
+	for _, file := range files {
+		p.byName[moduleName(file)] = file
 	}
-	picked := make(map[string]module)
-	var take func(file string) error
-	take = func(file string) error {
-		name := moduleName(file)
-		if _, ok := picked[name]; ok {
-			return nil
-		}
-		m, err := parseModule(name, all[file])
-		if err != nil {
-			return fmt.Errorf("module %s: %w", file, err)
-		}
-		picked[name] = m
-		for _, dep := range m.depends {
-			file, ok := byName[dep]
-			if !ok {
-				return fmt.Errorf("module %s needs %s, which the kernel's package lacks", name, dep)
-			}
-			if err := take(file); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	for _, file := range slices.Sorted(maps.Keys(all)) {
-		if matches(wanted, file) && !matches(unwanted, file) {
-			if err := take(file); err != nil {
+	for _, file := range files {
+		if matches(machine, file) {
+			if err := p.take(file, true); err != nil {
 				return nil, err
 			}
 		}
 	}
-	return picked, nil
+	for _, file := range files {
+		if matches(onDemand, file) && !matches(never, file) {
+			if err := p.take(file, false); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return p.picked, nil
+}
+
+type picker struct {
+	all    modules
+	byName map[string]string
+	picked map[string]module
+}
+
+func (p *picker) take(file string, plain bool) error {
+	name := moduleName(file)
+	if _, ok := p.picked[name]; ok {
+		return nil
+	}
+	m, err := parseModule(name, p.all[file])
+	if err != nil {
+		return fmt.Errorf("module %s: %w", file, err)
+	}
+	m.plain = plain
+	p.picked[name] = m
+	for _, dep := range m.depends {
+		file, ok := p.byName[dep]
+		if !ok {
+			return fmt.Errorf("module %s needs %s, which the kernel's package lacks", name, dep)
+		}
+		if err := p.take(file, plain); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func matches(patterns []string, file string) bool {
@@ -148,15 +177,24 @@ func unsigned(data []byte) []byte {
 	return body[:int64(len(body)-info)-size]
 }
 
-// addModules puts the modules into the initramfs with two indexes: modules.dep names for each
-// module all that it needs, in the order of loading ("name: first second"), modules.alias has the
-// lines of depmod's file ("alias PATTERN name").
-func addModules(t tree, release string, picked map[string]module) {
+// addModules puts the modules into the initramfs: NAME.ko, or NAME.ko.lz4 (the size, 4 bytes
+// little endian, and one LZ4 block). The agent finds them by three indexes: modules.boot lists what
+// to load at once; modules.dep names for each module all that it needs, in the order of loading
+// ("name: first second"); modules.alias has the lines of depmod's file ("alias PATTERN name").
+func addModules(t tree, release string, picked map[string]module) error {
 	dir := "lib/modules/" + release + "/"
 	var deps, aliases bytes.Buffer
 	for _, name := range slices.Sorted(maps.Keys(picked)) {
 		m := picked[name]
-		t.file(dir+name+".ko", 0o644, m.data)
+		if m.plain {
+			t.file(dir+name+".ko", 0o644, m.data)
+		} else {
+			packed, err := compressLZ4(m.data)
+			if err != nil {
+				return fmt.Errorf("compress module %s: %w", name, err)
+			}
+			t.file(dir+name+".ko.lz4", 0o644, packed)
+		}
 		fmt.Fprintf(&deps, "%s:", name)
 		for _, dep := range loadOrder(picked, name) {
 			fmt.Fprintf(&deps, " %s", dep)
@@ -166,8 +204,17 @@ func addModules(t tree, release string, picked map[string]module) {
 			fmt.Fprintf(&aliases, "alias %s %s\n", alias, name)
 		}
 	}
+	t.file(dir+"modules.boot", 0o644, []byte(strings.Join(atBoot, "\n")+"\n"))
 	t.file(dir+"modules.dep", 0o644, deps.Bytes())
 	t.file(dir+"modules.alias", 0o644, aliases.Bytes())
+	return nil
+}
+
+func compressLZ4(data []byte) ([]byte, error) {
+	packed := make([]byte, 4+lz4.CompressBlockBound(len(data)))
+	binary.LittleEndian.PutUint32(packed, uint32(len(data)))
+	n, err := lz4.CompressBlockHC(data, packed[4:], lz4.Level9, nil, nil)
+	return packed[:4+n], err
 }
 
 // loadOrder lists what a module needs, each after its own needs.

@@ -18,10 +18,16 @@ import (
 func Init() (*Guest, error) {
 	// A small heap that is collected early: the agent's memory is paid for in every pod.
 	debug.SetGCPercent(50)
+	if err := mountAll(early); err != nil {
+		return nil, err
+	}
 	if err := ownRoot(); err != nil {
 		return nil, err
 	}
-	if err := mountAll(); err != nil {
+	if err := mountAll(late); err != nil {
+		return nil, err
+	}
+	if err := links(); err != nil {
 		return nil, err
 	}
 	if err := delegate(); err != nil {
@@ -37,7 +43,11 @@ func Init() (*Guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &Guest{modules: m, ports: make(chan struct{}, 1)}
+	aliases, err := m.aliases(hardware...)
+	if err != nil {
+		return nil, err
+	}
+	g := &Guest{modules: m, aliases: aliases, loaded: make(map[string]bool), ports: make(chan struct{}, 1)}
 	if err := g.watch(); err != nil {
 		return nil, err
 	}
@@ -47,6 +57,10 @@ func Init() (*Guest, error) {
 // Guest is a guest that is set up.
 type Guest struct {
 	modules modules
+	// aliases are those of hardware.
+	aliases []alias
+	// loaded are the drivers loaded for plugged devices; it belongs to the goroutine of follow.
+	loaded map[string]bool
 	// ports gets a value when a virtio-serial port appears.
 	ports chan struct{}
 }

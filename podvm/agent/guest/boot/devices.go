@@ -5,46 +5,42 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// preload are modules that nearly every pod needs: a template has them, a clone need not load them.
-var preload = []string{"virtio_blk", "virtio_net", "erofs", "overlay", "fuse", "crc32c_intel"}
+// hardware are the prefixes of the aliases of devices.
+var hardware = []string{"pci:", "virtio:", "acpi", "nd:"}
 
-// drivers loads the drivers of the devices that are there, and what pods will need.
+// drivers loads what every guest needs and the drivers of the devices that are there.
 func (g *Guest) drivers() error {
-	if err := g.modules.load("virtio_pci", "virtio_console"); err != nil {
-		return err
-	}
-	// PCI functions, and the virtio devices found on them.
-	for _, bus := range []string{"pci", "virtio"} {
-		files, err := filepath.Glob("/sys/bus/" + bus + "/devices/*/modalias")
-		if err != nil {
-			return err
-		}
-		for _, file := range files {
-			alias, err := os.ReadFile(file)
-			if err != nil {
-				continue // unplugged meanwhile
-			}
-			if err := g.driver(strings.TrimSpace(string(alias))); err != nil {
-				return err
-			}
-		}
-	}
-	return g.modules.load(preload...)
-}
-
-func (g *Guest) driver(alias string) error {
-	names, err := g.modules.resolve(alias)
+	names, err := g.modules.boot()
 	if err != nil {
 		return err
 	}
-	return g.modules.load(names...)
+	if err := g.modules.load(names...); err != nil {
+		return err
+	}
+	found := make(map[string]bool)
+	for _, bus := range []string{"acpi", "pci", "virtio"} {
+		devices, err := filepath.Glob("/sys/bus/" + bus + "/devices/*/modalias")
+		if err != nil {
+			return err
+		}
+		for _, file := range devices {
+			if name, err := os.ReadFile(file); err == nil { // else it was unplugged meanwhile
+				for _, module := range match(g.aliases, strings.TrimSpace(string(name))) {
+					found[module] = true
+				}
+			}
+		}
+	}
+	return g.modules.load(slices.Sorted(maps.Keys(found))...)
 }
 
 // watch follows the kernel's device events.
@@ -116,9 +112,23 @@ func (g *Guest) handle(e event) {
 	case subsystem == "virtio-ports":
 		g.notePort()
 	case action == "add" && (subsystem == "pci" || subsystem == "virtio" || subsystem == "nd"):
-		if err := g.driver(e["MODALIAS"]); err != nil {
-			slog.Error("load a driver", "device", e["DEVPATH"], "err", err)
-		}
+		g.plugged(e)
+	}
+}
+
+// plugged loads the driver of a device that was plugged in.
+func (g *Guest) plugged(e event) {
+	names := match(g.aliases, e["MODALIAS"])
+	names = slices.DeleteFunc(names, func(n string) bool { return g.loaded[n] })
+	if len(names) == 0 {
+		return
+	}
+	if err := g.modules.load(names...); err != nil {
+		slog.Error("load a driver", "device", e["DEVPATH"], "err", err)
+		return
+	}
+	for _, name := range names {
+		g.loaded[name] = true
 	}
 }
 

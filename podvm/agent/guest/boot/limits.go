@@ -16,6 +16,7 @@ import (
 var settings = map[string]string{
 	"kernel/panic":                "-1",
 	"kernel/panic_on_oops":        "1",
+	"kernel/modprobe":             modprobePath,
 	"kernel/pid_max":              "4194304",
 	"kernel/threads-max":          "1048576",
 	"kernel/keys/root_maxbytes":   "25000000",

@@ -29,6 +29,7 @@ func (g *Guest) Serve(ctx context.Context, serve func(context.Context, net.Liste
 	}
 	if vsocks != nil {
 		group.Go(func() error { return serve(ctx, vsocks) })
+		go announce()
 	}
 	group.Go(func() error {
 		port, err := g.port(ctx)

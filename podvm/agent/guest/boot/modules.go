@@ -2,18 +2,24 @@ package boot
 
 import (
 	"bufio"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
+	"github.com/pierrec/lz4/v4"
 	"golang.org/x/sys/unix"
 )
 
-// modules loads kernel modules from a folder made by podvm/guestimage: NAME.ko, modules.dep with
-// what each needs in the order of loading, modules.alias.
+// modules loads kernel modules from a folder made by podvm/guestimage: NAME.ko or NAME.ko.lz4;
+// modules.boot, what to load at first; modules.dep, what each needs in the order of loading;
+// modules.alias.
 type modules struct{ dir string }
 
 // kernelModules is the folder of the running kernel.
@@ -25,22 +31,41 @@ func kernelModules() (modules, error) {
 	return modules{"/lib/modules/" + unix.ByteSliceToString(u.Release[:])}, nil
 }
 
+// boot lists the modules to load at first. A kernel without modules has no such list.
+func (m modules) boot() ([]string, error) {
+	var names []string
+	err := lines(filepath.Join(m.dir, "modules.boot"), func(line string) { names = append(names, line) })
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return names, err
+}
+
 // load loads the named modules, and before each what it needs. Those that the folder lacks are
 // left out: another kernel may have them built in.
 func (m modules) load(names ...string) error {
-	needs, err := m.needs(names)
-	if err != nil {
+	needs := make(map[string][]string, len(names))
+	for _, name := range names {
+		needs[name] = nil
+	}
+	known := make(map[string]bool, len(names))
+	err := lines(filepath.Join(m.dir, "modules.dep"), func(line string) {
+		name, deps, _ := strings.Cut(line, ":")
+		if _, ok := needs[name]; ok {
+			needs[name], known[name] = strings.Fields(deps), true
+		}
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	var errs []error
 	for _, name := range names {
-		deps, ok := needs[name]
-		if !ok {
+		if !known[name] {
 			continue
 		}
-		for _, module := range append(deps, name) {
+		for _, module := range append(needs[name], name) {
 			if err := m.insert(module); err != nil {
-				errs = append(errs, err)
+				errs = append(errs, fmt.Errorf("load module %s: %w", module, err))
 				break
 			}
 		}
@@ -48,51 +73,89 @@ func (m modules) load(names ...string) error {
 	return errors.Join(errs...)
 }
 
-// needs reads the lines of modules.dep about the names.
-func (m modules) needs(names []string) (map[string][]string, error) {
-	wanted := make(map[string]bool, len(names))
-	for _, name := range names {
-		wanted[name] = true
+// insert loads one module; one that is loaded already is no error.
+func (m modules) insert(name string) error {
+	// The kernel itself would read all of a module before it sees that it has it.
+	if _, err := os.Stat("/sys/module/" + name + "/initstate"); err == nil {
+		return nil
 	}
-	needs := make(map[string][]string, len(names))
-	err := lines(filepath.Join(m.dir, "modules.dep"), func(line string) {
-		if name, deps, ok := strings.Cut(line, ":"); ok && wanted[name] {
-			needs[name] = strings.Fields(deps)
-		}
-	})
-	return needs, err
+	err := m.insertFile(filepath.Join(m.dir, name+".ko"))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = insertPacked(filepath.Join(m.dir, name+".ko.lz4"))
+	}
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
+}
+
+func (m modules) insertFile(file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.FinitModule(int(f.Fd()), "", 0)
+}
+
+// insertPacked loads a module from its size (4 bytes, little endian) and one LZ4 block.
+func insertPacked(file string) error {
+	packed, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	if len(packed) < 4 {
+		return io.ErrUnexpectedEOF
+	}
+	data := make([]byte, binary.LittleEndian.Uint32(packed))
+	n, err := lz4.UncompressBlock(packed[4:], data)
+	if err != nil {
+		return err
+	}
+	return unix.InitModule(data[:n], "")
 }
 
 // resolve finds the modules that a name or alias stands for.
 func (m modules) resolve(alias string) ([]string, error) {
 	name := strings.ReplaceAll(alias, "-", "_")
-	if _, err := os.Stat(filepath.Join(m.dir, name+".ko")); err == nil {
-		return []string{name}, nil
-	}
-	var found []string
-	err := lines(filepath.Join(m.dir, "modules.alias"), func(line string) {
-		pattern, name, ok := strings.Cut(strings.TrimPrefix(line, "alias "), " ")
-		if !ok {
-			return
+	for _, suffix := range []string{".ko", ".ko.lz4"} {
+		if _, err := os.Stat(filepath.Join(m.dir, name+suffix)); err == nil {
+			return []string{name}, nil
 		}
-		if match, _ := path.Match(pattern, alias); match {
-			found = append(found, name)
+	}
+	all, err := m.aliases("")
+	if err != nil {
+		return nil, err
+	}
+	return match(all, alias), nil
+}
+
+// alias maps a pattern (path.Match) to the module that serves what matches.
+type alias struct{ pattern, module string }
+
+// aliases lists those that begin with one of the prefixes.
+func (m modules) aliases(prefixes ...string) ([]alias, error) {
+	var found []alias
+	err := lines(filepath.Join(m.dir, "modules.alias"), func(line string) {
+		pattern, module, ok := strings.Cut(strings.TrimPrefix(line, "alias "), " ")
+		if ok && slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(pattern, p) }) {
+			found = append(found, alias{strings.Clone(pattern), strings.Clone(module)})
 		}
 	})
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
 	return found, err
 }
 
-// insert loads one module; one that is loaded already is no error.
-func (m modules) insert(name string) error {
-	f, err := os.Open(filepath.Join(m.dir, name+".ko"))
-	if err != nil {
-		return fmt.Errorf("load module: %w", err)
+func match(all []alias, name string) []string {
+	var found []string
+	for _, a := range all {
+		if ok, _ := path.Match(a.pattern, name); ok && !slices.Contains(found, a.module) {
+			found = append(found, a.module)
+		}
 	}
-	defer f.Close()
-	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("load module %s: %w", name, err)
-	}
-	return nil
+	return found
 }
 
 func lines(file string, visit func(line string)) error {
@@ -108,7 +171,10 @@ func lines(file string, visit func(line string)) error {
 	return s.Err()
 }
 
-// Modprobe is what the kernel runs, as /sbin/modprobe, when it misses a module. The arguments are
+// modprobePath is the agent once more: its main calls Modprobe when run by that name.
+const modprobePath = "/modprobe"
+
+// Modprobe is what the kernel runs, as modprobePath, when it misses a module. The arguments are
 // modprobe's; all but the last, the module's name or alias, are ignored. It returns the exit code.
 func Modprobe(args []string) int {
 	if len(args) == 0 {

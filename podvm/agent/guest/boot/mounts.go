@@ -15,7 +15,7 @@ import (
 // neither be moved nor be left by pivot_root, which container runtimes need; this one can, and
 // costs no copy.
 func ownRoot() error {
-	if err := unix.Mount("/", "/mnt", "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount("/", "/mnt", "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("bind root: %w", err)
 	}
 	if err := unix.Chdir("/mnt"); err != nil {
@@ -35,15 +35,20 @@ const (
 	noExec = noDev | unix.MS_NOEXEC
 )
 
-func mountAll() error {
-	for _, m := range []struct {
-		kind, target string
-		flags        uintptr
-		data         string
-	}{
+type mount struct {
+	kind, target string
+	flags        uintptr
+	data         string
+}
+
+var (
+	// early mounts are seen too by what the kernel runs, whose root is the initramfs.
+	early = []mount{
 		{"devtmpfs", "/dev", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0755"},
 		{"proc", "/proc", noExec, ""},
 		{"sysfs", "/sys", noExec, ""},
+	}
+	late = []mount{
 		{"devpts", "/dev/pts", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666"},
 		{"tmpfs", "/dev/shm", noDev, "mode=1777"},
 		{"mqueue", "/dev/mqueue", noExec, ""},
@@ -52,7 +57,11 @@ func mountAll() error {
 		{"cgroup2", "/sys/fs/cgroup", noExec, "nsdelegate,memory_recursiveprot"},
 		{"securityfs", "/sys/kernel/security", noExec, ""},
 		{"bpf", "/sys/fs/bpf", noExec, "mode=0700"},
-	} {
+	}
+)
+
+func mountAll(mounts []mount) error {
+	for _, m := range mounts {
 		if err := os.MkdirAll(m.target, 0o755); err != nil {
 			return err
 		}
@@ -60,6 +69,11 @@ func mountAll() error {
 			return fmt.Errorf("mount %s: %w", m.target, err)
 		}
 	}
+	return nil
+}
+
+// links makes the names in /dev that programs expect.
+func links() error {
 	for name, target := range map[string]string{
 		"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0",
 		"/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2",
