@@ -9,8 +9,11 @@ package vmm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
+
+	"github.com/containerd/errdefs"
 )
 
 // ErrGone says that the VMM process has ended. Errors of VM methods wrap it where that is why.
@@ -18,6 +21,10 @@ var ErrGone = errors.New("the VM is gone")
 
 // AgentPort is the port on which the agent accepts streams in every guest (see podvm/agent).
 const AgentPort = 1024
+
+// ReadyPort is the vsock port of the host that the agent dials, once, when it accepts streams, so
+// that a driver whose channel is vsock need not try again and again while a guest boots.
+const ReadyPort = 1025
 
 // SerialMax is the longest disk serial, in bytes (virtio-blk's own limit).
 const SerialMax = 20
@@ -131,4 +138,17 @@ type Info struct {
 	// Err is why the VM ended: guest panic, VMM crash, killed. Nil while it runs. It includes the
 	// last lines of the guest's console where they say more.
 	Err error
+}
+
+// CheckSerial returns errdefs.ErrInvalidArgument for what can't be a disk's serial.
+func CheckSerial(s string) error {
+	if len(s) == 0 || len(s) > SerialMax {
+		return fmt.Errorf("disk serial %q: want 1 to %d bytes: %w", s, SerialMax, errdefs.ErrInvalidArgument)
+	}
+	for _, r := range s {
+		if r != '-' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') {
+			return fmt.Errorf("disk serial %q: want only letters, digits and '-': %w", s, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
 }

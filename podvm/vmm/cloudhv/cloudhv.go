@@ -1,0 +1,199 @@
+// Package cloudhv runs VMs with Cloud Hypervisor: a REST API on a unix socket, hybrid vsock as the
+// channel, memory by virtio-mem, images by virtio-pmem, and snapshots for templates.
+package cloudhv
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/internal/atomicfile"
+	"github.com/caisson-vm/caisson/internal/undo"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
+	"github.com/caisson-vm/caisson/podvm/vmm/tail"
+)
+
+// Name is the driver's name.
+const Name = "cloud-hypervisor"
+
+// Oldest is the first major version that is supported: the first in which a raw disk can be
+// declared as one, so that a guest can't turn its disk into another format.
+const Oldest = 51
+
+// Driver starts VMs with one Cloud Hypervisor binary.
+type Driver struct {
+	binary  string
+	version string
+	watcher *watcher
+}
+
+// New looks the binary up (in PATH, when it is a name) and checks its version. The error is
+// errdefs.ErrNotFound when there is none, errdefs.ErrFailedPrecondition when it is too old.
+func New(ctx context.Context, binary string) (*Driver, error) {
+	path, err := exec.LookPath(binary)
+	if err != nil {
+		return nil, fmt.Errorf("cloud hypervisor: no %q; install a release, version %d or newer, in PATH or name it in the key vm.cloud_hypervisor: %w", binary, Oldest, errdefs.ErrNotFound)
+	}
+	version, err := checkVersion(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	w, err := newWatcher()
+	if err != nil {
+		return nil, err
+	}
+	return &Driver{binary: path, version: version, watcher: w}, nil
+}
+
+var versionPattern = regexp.MustCompile(`v?(\d+)\.\d+\S*`)
+
+func checkVersion(ctx context.Context, path string) (string, error) {
+	out, err := exec.CommandContext(ctx, path, "--version").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s --version: %w: %s", path, err, out)
+	}
+	match := versionPattern.FindStringSubmatch(string(out))
+	if match == nil {
+		return "", fmt.Errorf("%s --version: %q has no version: %w", path, out, errdefs.ErrFailedPrecondition)
+	}
+	if major, err := strconv.Atoi(match[1]); err != nil || major < Oldest {
+		return "", fmt.Errorf("%s is version %s; install %d or newer: %w", path, match[0], Oldest, errdefs.ErrFailedPrecondition)
+	}
+	return match[0], nil
+}
+
+// Name implements vmm.Driver.
+func (d *Driver) Name() string { return Name }
+
+// Version is Cloud Hypervisor's, as it prints it.
+func (d *Driver) Version() string { return d.version }
+
+// Close ends the driver's own work; its VMs run on.
+func (d *Driver) Close() error { return d.watcher.notify.Close() }
+
+// Launch implements vmm.Driver.
+func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
+	var u undo.Stack
+	defer u.Run()
+	u.Push("remove VMM files", func(context.Context) error { return removeFiles(c.Dir) })
+	l, err := openLogs(c.Dir)
+	if err != nil {
+		return nil, err
+	}
+	u.Push("close logs", func(context.Context) error { return l.close() })
+	p, err := d.start(c, l)
+	if err != nil {
+		return nil, err
+	}
+	u.Push("kill VMM", p.Kill)
+	v, err := newVM(d, c, p, l)
+	if err != nil {
+		return nil, err
+	}
+	u.Push("forget VM", func(context.Context) error { v.forget(); return nil })
+	if err := v.boot(ctx); err != nil {
+		return nil, v.explain(err)
+	}
+	u.Release()
+	go v.watch()
+	return v, nil
+}
+
+// start runs the process. Its API socket listens before it does, so that nobody waits for it.
+func (d *Driver) start(c vmm.Config, l logs) (*process.Process, error) {
+	socket, err := listen(apiPath(c.Dir))
+	if err != nil {
+		return nil, err
+	}
+	defer socket.Close()
+	log, err := l.vmm.Writer()
+	if err != nil {
+		return nil, fmt.Errorf("launch %s: %w", Name, err)
+	}
+	defer log.Close()
+	if err := os.WriteFile(eventsPath(c.Dir), nil, 0o600); err != nil {
+		return nil, fmt.Errorf("launch %s: %w", Name, err)
+	}
+	p, err := process.Start(process.Spec{
+		Path: d.binary, Dir: c.Dir, Log: log, Files: []*os.File{socket}, Cgroup: c.Cgroup,
+		Args: []string{"--api-socket", "fd=3", "--event-monitor", "path=" + eventsPath(c.Dir)},
+	})
+	if err != nil {
+		return nil, err
+	}
+	data, err := json.Marshal(p.Identity())
+	if err == nil {
+		err = atomicfile.Write(processPath(c.Dir), data, 0o600)
+	}
+	if err != nil {
+		return nil, errors.Join(err, p.Kill(context.Background()))
+	}
+	return p, nil
+}
+
+// listen makes a unix socket whose name stays when the listener is closed.
+func listen(path string) (*os.File, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	defer l.Close()
+	l.SetUnlinkOnClose(false)
+	return l.File()
+}
+
+// Attach implements vmm.Driver.
+func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
+	var id process.Identity
+	data, err := os.ReadFile(processPath(c.Dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("attach %s: %w", c.ID, vmm.ErrGone)
+	}
+	if err == nil {
+		err = json.Unmarshal(data, &id)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", c.ID, err)
+	}
+	p, err := process.Find(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("attach %s: %w%s", c.ID, vmm.ErrGone, lastWords(c.Dir))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", c.ID, err)
+	}
+	l, err := openLogs(c.Dir)
+	if err != nil {
+		return nil, err
+	}
+	v, err := newVM(d, c, p, l)
+	if err != nil {
+		return nil, errors.Join(err, l.close())
+	}
+	close(v.ready)
+	if err := v.refresh(ctx); err != nil {
+		err = v.explain(err)
+		v.forget()
+		return nil, errors.Join(err, l.close())
+	}
+	go v.watch()
+	return v, nil
+}
+
+// removeFiles removes what the driver made in the VM's folder, but for its logs.
+func removeFiles(dir string) error {
+	return errors.Join(os.RemoveAll(apiPath(dir)), os.RemoveAll(vsockPath(dir)), os.RemoveAll(readyPath(dir)),
+		os.RemoveAll(eventsPath(dir)), os.RemoveAll(processPath(dir)), os.RemoveAll(filepath.Join(dir, "restore")),
+		os.RemoveAll(tail.PipePath(consolePath(dir))), os.RemoveAll(tail.PipePath(logPath(dir))))
+}

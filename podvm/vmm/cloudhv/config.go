@@ -1,0 +1,184 @@
+package cloudhv
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/tail"
+)
+
+// The part of Cloud Hypervisor's VmConfig that is in use.
+// Source: vmm/src/vm_config.rs of Cloud Hypervisor.
+type vmConfig struct {
+	CPUs    cpusConfig    `json:"cpus"`
+	Memory  memoryConfig  `json:"memory"`
+	Payload payloadConfig `json:"payload"`
+	Balloon balloonConfig `json:"balloon"`
+	Serial  consoleConfig `json:"serial"`
+	Console consoleConfig `json:"console"`
+	Vsock   vsockConfig   `json:"vsock"`
+	PVPanic bool          `json:"pvpanic"`
+}
+
+type cpusConfig struct {
+	Boot int `json:"boot_vcpus"`
+	Max  int `json:"max_vcpus"`
+	// Nested virtualization inside a pod is not offered: it is a large part of KVM's attack surface.
+	Nested bool `json:"nested"`
+}
+
+type memoryConfig struct {
+	Size          int64        `json:"size"`
+	HotplugMethod string       `json:"hotplug_method"`
+	Zones         []zoneConfig `json:"zones"`
+}
+
+type zoneConfig struct {
+	ID          string `json:"id"`
+	Size        int64  `json:"size"`
+	File        string `json:"file,omitempty"`
+	Shared      bool   `json:"shared"`
+	HotplugSize int64  `json:"hotplug_size,omitempty"`
+}
+
+type payloadConfig struct {
+	Kernel    string `json:"kernel"`
+	Initramfs string `json:"initramfs"`
+	Cmdline   string `json:"cmdline"`
+}
+
+type balloonConfig struct {
+	Size              int64 `json:"size"`
+	DeflateOnOOM      bool  `json:"deflate_on_oom"`
+	FreePageReporting bool  `json:"free_page_reporting"`
+}
+
+type consoleConfig struct {
+	Mode string `json:"mode"`
+	File string `json:"file,omitempty"`
+}
+
+type vsockConfig struct {
+	CID    uint32 `json:"cid"`
+	Socket string `json:"socket"`
+}
+
+type diskConfig struct {
+	ID        string `json:"id"`
+	Path      string `json:"path"`
+	ReadOnly  bool   `json:"readonly"`
+	Serial    string `json:"serial"`
+	NumQueues int    `json:"num_queues"`
+	// ImageType is never guessed: a guest could write another format's header onto its disk.
+	ImageType string `json:"image_type"`
+}
+
+type pmemConfig struct {
+	ID            string `json:"id"`
+	File          string `json:"file"`
+	DiscardWrites bool   `json:"discard_writes"`
+}
+
+type netConfig struct {
+	ID  string `json:"id"`
+	MAC string `json:"mac"`
+	MTU int    `json:"mtu,omitempty"`
+}
+
+const (
+	zone = "mem0"
+	// guestCID is the same in every VM: each has a socket of its own.
+	guestCID = 3
+	// memoryBlock is what virtio-mem plugs and unplugs at once on x86.
+	memoryBlock = 128 << 20
+)
+
+// bootConfig is the configuration of a cold boot.
+func bootConfig(c vmm.Config) vmConfig {
+	return vmConfig{
+		CPUs: cpusConfig{Boot: c.Size.CPUs, Max: c.Max.CPUs},
+		Memory: memoryConfig{HotplugMethod: "VirtioMem", Zones: []zoneConfig{{
+			ID: zone, Size: c.Size.Memory, File: c.MemoryFile, Shared: c.MemoryFile != "",
+			HotplugSize: hotplugSize(c),
+		}}},
+		Payload: payloadConfig{c.Kernel, c.Initrd, "console=ttyS0 " + c.Cmdline},
+		Balloon: balloonConfig{DeflateOnOOM: true, FreePageReporting: true},
+		Serial:  consoleConfig{"File", tail.PipePath(consolePath(c.Dir))},
+		Console: consoleConfig{Mode: "Off"},
+		Vsock:   vsockConfig{guestCID, vsockPath(c.Dir)},
+		PVPanic: true,
+	}
+}
+
+// hotplugSize is how many bytes of memory can be added to a VM.
+func hotplugSize(c vmm.Config) int64 {
+	return max(c.Max.Memory-c.Size.Memory, 0) / memoryBlock * memoryBlock
+}
+
+// cloneDir makes the folder that a clone is restored from: the template's files by symbolic links,
+// and a configuration that names the clone's own paths and maps the template's memory copy-on-write.
+func cloneDir(c vmm.Config) (string, error) {
+	dir := filepath.Join(c.Dir, "restore")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", fmt.Errorf("clone of %s: %w", c.Template, err)
+	}
+	data, err := os.ReadFile(filepath.Join(c.Template, "config.json"))
+	if err != nil {
+		return "", fmt.Errorf("clone of %s: %w", c.Template, err)
+	}
+	data, err = cloneConfig(data, c)
+	if err != nil {
+		return "", fmt.Errorf("clone of %s: config.json: %w", c.Template, err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), data, 0o600); err != nil {
+		return "", fmt.Errorf("clone of %s: %w", c.Template, err)
+	}
+	for _, name := range []string{"state.json", "memory-ranges"} {
+		if err := os.Symlink(filepath.Join(c.Template, name), filepath.Join(dir, name)); err != nil {
+			return "", fmt.Errorf("clone of %s: %w", c.Template, err)
+		}
+	}
+	return dir, nil
+}
+
+// cloneConfig edits a snapshot's config.json, and leaves alone all that it does not know.
+func cloneConfig(data []byte, c vmm.Config) ([]byte, error) {
+	var snapshot map[string]any
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.UseNumber()
+	if err := d.Decode(&snapshot); err != nil {
+		return nil, err
+	}
+	memory, _ := snapshot["memory"].(map[string]any)
+	zones, _ := memory["zones"].([]any)
+	vsock, _ := snapshot["vsock"].(map[string]any)
+	serial, _ := snapshot["serial"].(map[string]any)
+	if len(zones) != 1 || vsock == nil || serial == nil {
+		return nil, errors.New("not the snapshot of a template: want one memory zone, a vsock and a serial port")
+	}
+	first, _ := zones[0].(map[string]any)
+	file, _ := first["file"].(string)
+	if file == "" {
+		return nil, errors.New("not the snapshot of a template: its memory is in no file")
+	}
+	first["file"] = filepath.Join(c.Template, filepath.Base(file))
+	first["shared"] = false
+	vsock["socket"] = vsockPath(c.Dir)
+	serial["file"] = tail.PipePath(consolePath(c.Dir))
+	return json.Marshal(snapshot)
+}
+
+func apiPath(dir string) string     { return filepath.Join(dir, "api.sock") }
+func vsockPath(dir string) string   { return filepath.Join(dir, "vsock.sock") }
+func consolePath(dir string) string { return filepath.Join(dir, "console.log") }
+func eventsPath(dir string) string  { return filepath.Join(dir, "events.json") }
+func logPath(dir string) string     { return filepath.Join(dir, "vmm.log") }
+func processPath(dir string) string { return filepath.Join(dir, "process.json") }
+
+// readyPath is where Cloud Hypervisor connects when the guest dials the host's port readyPort.
+func readyPath(dir string) string { return fmt.Sprintf("%s_%d", vsockPath(dir), vmm.ReadyPort) }

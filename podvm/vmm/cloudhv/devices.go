@@ -1,0 +1,253 @@
+package cloudhv
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// Device ids begin with what the device is.
+const (
+	diskID = "disk-"
+	pmemID = "pmem-"
+	nicID  = "nic-"
+)
+
+// pmemBlock is what the size of a pmem device must be a multiple of, in bytes.
+const pmemBlock = 2 << 20
+
+type pciDevice struct {
+	ID  string `json:"id"`
+	BDF string `json:"bdf"`
+}
+
+// AddDisk implements vmm.VM. A shared disk becomes a pmem device where its size allows.
+func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
+	if err := vmm.CheckSerial(d.Serial); err != nil {
+		return "", err
+	}
+	info, err := os.Stat(d.Path)
+	if err != nil {
+		return "", fmt.Errorf("add disk %s: %w", d.Serial, err)
+	}
+	pmem := d.Shared && d.ReadOnly && info.Mode().IsRegular() && info.Size() > 0 && info.Size()%pmemBlock == 0
+	id := diskID + d.Serial
+	if pmem {
+		id = pmemID + d.Serial
+	}
+	if !v.claim(d.Serial, id) {
+		return "", fmt.Errorf("add disk %s: %w", d.Serial, errdefs.ErrAlreadyExists)
+	}
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	var added pciDevice
+	if pmem {
+		err = v.api.put(ctx, "vm.add-pmem", pmemConfig{id, d.Path, true}, &added)
+	} else {
+		err = v.api.put(ctx, "vm.add-disk", diskConfig{id, d.Path, d.ReadOnly, d.Serial, 1, "Raw"}, &added)
+	}
+	if err != nil {
+		v.release(d.Serial)
+		return "", fmt.Errorf("add disk %s: %w", d.Serial, v.explain(err))
+	}
+	if pmem {
+		return "pci:" + added.BDF, nil
+	}
+	return "serial:" + d.Serial, nil
+}
+
+// claim notes a disk, unless its serial is in use.
+func (v *vm) claim(serial, id string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, ok := v.devices[serial]; ok {
+		return false
+	}
+	v.devices[serial] = id
+	return true
+}
+
+func (v *vm) release(serial string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	delete(v.devices, serial)
+}
+
+// RemoveDisk implements vmm.VM. The guest acknowledges the removal, and an event then says that
+// the device is gone.
+func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
+	v.mu.Lock()
+	id, ok := v.devices[serial]
+	gone := make(chan struct{})
+	if ok {
+		v.removed[id] = gone
+	}
+	v.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("remove disk %s: %w", serial, errdefs.ErrNotFound)
+	}
+	if err := v.remove(ctx, id, gone); err != nil {
+		return fmt.Errorf("remove disk %s: %w", serial, v.explain(err))
+	}
+	v.release(serial)
+	return nil
+}
+
+func (v *vm) remove(ctx context.Context, id string, gone <-chan struct{}) error {
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	if err := v.api.put(ctx, "vm.remove-device", map[string]string{"id": id}, nil); err != nil {
+		return err
+	}
+	select {
+	case <-gone:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the guest has not let go of it: %w", context.Cause(ctx))
+	}
+}
+
+func (v *vm) deviceRemoved(id string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if gone, ok := v.removed[id]; ok {
+		close(gone)
+		delete(v.removed, id)
+	}
+}
+
+// AddNIC implements vmm.VM. The descriptor travels beside the request.
+func (v *vm) AddNIC(ctx context.Context, n vmm.NIC) error {
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	id := nicID + strings.ReplaceAll(n.MAC.String(), ":", "")
+	if err := v.api.putFile(ctx, "vm.add-net", netConfig{id, n.MAC.String(), n.MTU}, n.Tap); err != nil {
+		return fmt.Errorf("add network card %s: %w", n.MAC, v.explain(err))
+	}
+	return nil
+}
+
+// vmInfo is the part of vm.info that is in use.
+type vmInfo struct {
+	Config struct {
+		CPUs  cpusConfig   `json:"cpus"`
+		Disks []diskConfig `json:"disks"`
+		Pmem  []pmemConfig `json:"pmem"`
+	} `json:"config"`
+	// MemoryActual is the memory that the guest has: what it was booted with and what it plugged.
+	MemoryActual int64 `json:"memory_actual_size"`
+}
+
+// refresh asks the VMM what it has.
+func (v *vm) refresh(ctx context.Context) error {
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	var i vmInfo
+	if err := v.api.call(ctx, http.MethodGet, "vm.info", nil, &i); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.info.Size = vmm.Size{CPUs: i.Config.CPUs.Boot, Memory: i.MemoryActual}
+	for _, d := range i.Config.Disks {
+		if serial, ok := strings.CutPrefix(d.ID, diskID); ok {
+			v.devices[serial] = d.ID
+		}
+	}
+	for _, d := range i.Config.Pmem {
+		if serial, ok := strings.CutPrefix(d.ID, pmemID); ok {
+			v.devices[serial] = d.ID
+		}
+	}
+	return nil
+}
+
+// The guest plugs and unplugs memory at its own pace, and Cloud Hypervisor has no event for it.
+const (
+	resizeStep  = 20 * time.Millisecond
+	resizeStall = 5 * time.Second // no progress for so long: it has reached what it can
+)
+
+// Resize implements vmm.VM.
+// Source: PUT /vm.resize, /vm.resize-zone of Cloud Hypervisor.
+func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
+	if s.CPUs < 1 || s.CPUs > v.config.Max.CPUs || s.Memory > v.config.Max.Memory {
+		return v.Info().Size, fmt.Errorf("resize to %d vCPUs, %d bytes: at most %d, %d: %w", s.CPUs, s.Memory, v.config.Max.CPUs, v.config.Max.Memory, errdefs.ErrOutOfRange)
+	}
+	v.resize.Lock()
+	defer v.resize.Unlock()
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	now := v.Info().Size
+	memory := v.plan(s.Memory)
+	if s.CPUs != now.CPUs {
+		if err := v.api.put(ctx, "vm.resize", map[string]int{"desired_vcpus": s.CPUs}, nil); err != nil {
+			return v.Info().Size, fmt.Errorf("resize: %w", v.explain(err))
+		}
+	}
+	if memory != now.Memory {
+		if err := v.api.put(ctx, "vm.resize-zone", map[string]any{"id": zone, "desired_ram": memory}, nil); err != nil {
+			return v.Info().Size, fmt.Errorf("resize: %w", v.explain(err))
+		}
+	}
+	if err := v.settle(ctx, memory); err != nil {
+		return v.Info().Size, fmt.Errorf("resize: %w", v.explain(err))
+	}
+	return v.Info().Size, nil
+}
+
+// plan is the memory to ask for: what the VM was booted with can't be unplugged, and the rest comes
+// in blocks.
+func (v *vm) plan(memory int64) int64 {
+	base, most := v.config.Size.Memory, hotplugSize(v.config)
+	blocks := (max(memory-base, 0) + memoryBlock - 1) / memoryBlock
+	return base + min(blocks*memoryBlock, most)
+}
+
+// settle waits until the guest has the memory, or makes no more progress towards it.
+func (v *vm) settle(ctx context.Context, memory int64) error {
+	last, since := int64(-1), time.Now()
+	for {
+		if err := v.refresh(ctx); err != nil {
+			return err
+		}
+		now := v.Info().Size.Memory
+		if now == memory || now == last && time.Since(since) > resizeStall {
+			return nil
+		}
+		if now != last {
+			last, since = now, time.Now()
+		}
+		select {
+		case <-time.After(resizeStep):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// Snapshot implements vmm.Snapshotter. The guest's memory is in Config.MemoryFile already, a shared
+// mapping, so that Cloud Hypervisor writes only the devices' state.
+// Source: PUT /vm.pause, /vm.snapshot of Cloud Hypervisor.
+func (v *vm) Snapshot(ctx context.Context, dir string) error {
+	if filepath.Dir(v.config.MemoryFile) != filepath.Clean(dir) {
+		return fmt.Errorf("snapshot: the memory file %q is not in %s: %w", v.config.MemoryFile, dir, errdefs.ErrInvalidArgument)
+	}
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	if err := v.api.put(ctx, "vm.pause", nil, nil); err != nil {
+		return fmt.Errorf("snapshot: %w", v.explain(err))
+	}
+	if err := v.api.put(ctx, "vm.snapshot", map[string]string{"destination_url": "file://" + dir}, nil); err != nil {
+		return fmt.Errorf("snapshot: %w", v.explain(err))
+	}
+	return nil
+}

@@ -1,0 +1,69 @@
+package tail
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func open(t *testing.T, path string) (*Log, *os.File) {
+	t.Helper()
+	l, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := l.Writer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.Close(); l.Close() })
+	return l, w
+}
+
+func TestEndOfAProcessesOutput(t *testing.T) {
+	l, w := open(t, filepath.Join(t.TempDir(), "console.log"))
+	c := exec.Command("sh", "-c", "seq 1000; echo Kernel panic")
+	c.Stdout = w
+	if err := c.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if got := l.String(); !strings.HasSuffix(got, "\n1000\nKernel panic") || len(got) > tailMax {
+		t.Fatalf("got %q", got)
+	}
+}
+
+func TestFileStaysSmall(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "console.log")
+	l, w := open(t, path)
+	line := []byte(strings.Repeat("x", 1023) + "\n")
+	for range 1000 {
+		for { // a full pipe refuses; what was refused is tried again when the log was read
+			if _, err := w.Write(line); err == nil {
+				break
+			}
+			_ = l.String()
+		}
+	}
+	w.Write([]byte("last"))
+	if got := l.String(); !strings.HasSuffix(got, "x\nlast") {
+		t.Fatalf("got %q", got)
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() > fileMax {
+		t.Fatalf("%d bytes, %v", info.Size(), err)
+	}
+}
+
+func TestNextDaemonGoesOn(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "console.log")
+	l, w := open(t, path)
+	w.Write([]byte("one "))
+	l.Close()
+	w.Write([]byte("two "))
+	l, w = open(t, path)
+	w.Write([]byte("three"))
+	if got := l.String(); got != "one two three" {
+		t.Fatalf("got %q", got)
+	}
+}
