@@ -1,0 +1,286 @@
+// Package template keeps the booted VM that pods are copy-on-write clones of: its memory in a file,
+// its devices' state beside it. A template depends on the guest, the VMM, the CPU and the VM's
+// shape; the key in its folder's name says which, and a template of another key is of no use.
+package template
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/internal/undo"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// Options say which templates a Store makes.
+type Options struct {
+	// Dir holds the templates, a folder each; it is made if needed.
+	Dir string
+	// Run holds the runtime folders of VMs that become templates: short, for unix sockets.
+	Run string
+	// Driver boots them. Where its VMs can't be snapshotted there are no templates.
+	Driver vmm.Driver
+	// Depends is all else that a template depends on: versions of VMM and guest, the host's kernel.
+	Depends []string
+	// Config is the VM: kernel, initramfs, command line, sizes. The rest is filled in.
+	Config vmm.Config
+	// Warm, where set, is called with the booted VM before it is snapshotted: what it does there
+	// no clone need do.
+	Warm func(context.Context, vmm.VM) error
+	// Limit bounds the making of one; 0: 3 minutes.
+	Limit time.Duration
+}
+
+// Store makes and finds templates. Its methods may be called concurrently.
+type Store struct {
+	options Options
+
+	mu      sync.Mutex
+	entries map[string]*entry // by scope
+}
+
+// entry is one template, or the attempt to have it.
+type entry struct {
+	ready chan struct{} // closed when the rest is set
+	dir   string
+	size  int64
+	err   error
+	until time.Time // an error counts until then
+}
+
+// retry is how long a failed attempt is not repeated: pods start cold meanwhile.
+const retry = time.Minute
+
+// New makes a Store and removes half-made templates. Complete ones of other keys go too: their
+// clones, if any, run on, because they hold the memory file open.
+func New(o Options) (*Store, error) {
+	if o.Limit == 0 {
+		o.Limit = 3 * time.Minute
+	}
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("templates: %w", err)
+	}
+	s := &Store{options: o, entries: map[string]*entry{}}
+	return s, s.sweep()
+}
+
+func (s *Store) sweep() error {
+	folders, err := os.ReadDir(s.options.Dir)
+	if err != nil {
+		return fmt.Errorf("templates: %w", err)
+	}
+	for _, f := range folders {
+		dir := filepath.Join(s.options.Dir, f.Name())
+		m, err := readManifest(dir)
+		if err == nil && f.Name() == s.key(m.Scope) {
+			continue
+		}
+		slog.Info("remove template", "template", f.Name(), "reason", reason(err))
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("templates: %w", err)
+		}
+	}
+	runs, err := filepath.Glob(filepath.Join(s.options.Run, runPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range runs {
+		if err := s.killLeft(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func reason(err error) string {
+	if err == nil {
+		return "made for another guest, VMM or machine"
+	}
+	return err.Error()
+}
+
+// killLeft ends the VM of a template that a former daemon did not finish.
+func (s *Store) killLeft(dir string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), s.options.Limit)
+	defer cancel()
+	v, err := s.options.Driver.Attach(ctx, vmm.Config{ID: filepath.Base(dir), Dir: dir})
+	if err == nil {
+		err = v.Kill(ctx)
+	} else if errors.Is(err, vmm.ErrGone) {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("templates: half-made %s: %w", dir, err)
+	}
+	return os.RemoveAll(dir)
+}
+
+// key names a template by all that it depends on.
+func (s *Store) key(scope string) string {
+	c := s.options.Config
+	data, err := json.Marshal([]any{format, s.options.Driver.Name(), s.options.Depends, cpu(), c.Cmdline, c.Size, c.Max, scope})
+	if err != nil {
+		panic(err) // unreachable: strings and numbers
+	}
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:8])
+}
+
+// Template returns the folder of the scope's template, which it makes, once, when there is none
+// or when the one there is was damaged. Concurrent callers wait for the same one. An error is
+// remembered for a minute; it is errdefs.ErrNotImplemented where the driver has no snapshots.
+func (s *Store) Template(ctx context.Context, scope string) (string, error) {
+	e := s.entry(scope)
+	select {
+	case <-e.ready:
+	case <-ctx.Done():
+		return "", fmt.Errorf("wait for the template: %w", ctx.Err())
+	}
+	return e.dir, e.err
+}
+
+func (s *Store) entry(scope string) *entry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.entries[scope]; e != nil && e.usable() {
+		return e
+	}
+	e := &entry{ready: make(chan struct{})}
+	s.entries[scope] = e
+	go s.fill(e, scope)
+	return e
+}
+
+// usable tells whether the entry is being made, or is intact, or has failed only just now.
+func (e *entry) usable() bool {
+	select {
+	case <-e.ready:
+	default:
+		return true
+	}
+	if e.err != nil {
+		return time.Now().Before(e.until)
+	}
+	// A look at each file's size: a memory file cut short would kill the clones at some later time.
+	return quickCheck(e.dir) == nil
+}
+
+func (s *Store) fill(e *entry, scope string) {
+	defer close(e.ready)
+	ctx, cancel := context.WithTimeout(context.Background(), s.options.Limit)
+	defer cancel()
+	dir := filepath.Join(s.options.Dir, s.key(scope))
+	start := time.Now()
+	err := fullCheck(dir)
+	if err == nil {
+		slog.Info("template found", "template", filepath.Base(dir), "ms", time.Since(start).Milliseconds())
+		e.dir, e.size = dir, diskUsage(dir)
+		return
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		slog.Warn("template is damaged and made anew", "template", filepath.Base(dir), "err", err)
+	}
+	if err := s.make(ctx, dir, scope); err != nil {
+		e.err, e.until = fmt.Errorf("make template: %w", err), time.Now().Add(retry)
+		return
+	}
+	e.dir, e.size = dir, diskUsage(dir)
+	slog.Info("template made", "template", filepath.Base(dir), "bytes", e.size, "ms", time.Since(start).Milliseconds())
+}
+
+const runPrefix = "template-"
+
+// make boots a VM with its memory in a file and snapshots it.
+func (s *Store) make(ctx context.Context, dir, scope string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	var u undo.Stack
+	defer u.Run()
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	u.Push("remove template", func(context.Context) error { return os.RemoveAll(dir) })
+	run := filepath.Join(s.options.Run, runPrefix+filepath.Base(dir))
+	if err := os.MkdirAll(run, 0o700); err != nil {
+		return err
+	}
+	defer os.RemoveAll(run)
+	c := s.options.Config
+	c.ID, c.Dir, c.MemoryFile = filepath.Base(run), run, filepath.Join(dir, "memory")
+	v, err := s.options.Driver.Launch(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer v.Kill(context.WithoutCancel(ctx))
+	if err := s.snapshot(ctx, v, dir); err != nil {
+		return err
+	}
+	if err := writeManifest(dir, scope); err != nil {
+		return err
+	}
+	u.Release()
+	return nil
+}
+
+func (s *Store) snapshot(ctx context.Context, v vmm.VM, dir string) error {
+	snapshotter, ok := v.(vmm.Snapshotter)
+	if !ok {
+		return fmt.Errorf("%s has no snapshots: %w", s.options.Driver.Name(), errdefs.ErrNotImplemented)
+	}
+	conn, err := v.Dial(ctx, vmm.AgentPort)
+	if err != nil {
+		return err
+	}
+	conn.Close()
+	if s.options.Warm != nil {
+		if err := s.options.Warm(ctx, v); err != nil {
+			return err
+		}
+	}
+	return snapshotter.Snapshot(ctx, dir)
+}
+
+// Failed tells the store that a clone of dir did not start. The template is checked whole before it
+// is used again.
+func (s *Store) Failed(dir string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for scope, e := range s.entries {
+		select {
+		case <-e.ready:
+			if e.dir == dir {
+				delete(s.entries, scope)
+			}
+		default: // it is being made
+		}
+	}
+}
+
+// Usage is what templates take on the disk: how many, and bytes.
+func (s *Store) Usage() (n int, bytes int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range s.entries {
+		select {
+		case <-e.ready:
+			if e.err == nil {
+				n++
+				bytes += e.size
+			}
+		default:
+		}
+	}
+	return n, bytes
+}

@@ -1,0 +1,211 @@
+package template
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// driver launches VMs that are nothing but files.
+type driver struct {
+	launched atomic.Int32
+	fail     error
+}
+
+func (d *driver) Name() string { return "files" }
+
+func (d *driver) Launch(_ context.Context, c vmm.Config) (vmm.VM, error) {
+	d.launched.Add(1)
+	if d.fail != nil {
+		return nil, d.fail
+	}
+	if err := os.WriteFile(c.MemoryFile, []byte("memory"), 0o600); err != nil {
+		return nil, err
+	}
+	return &machine{}, os.Truncate(c.MemoryFile, 1<<20)
+}
+
+func (d *driver) Attach(context.Context, vmm.Config) (vmm.VM, error) { return nil, vmm.ErrGone }
+
+type machine struct {
+	vmm.VM
+	killed atomic.Bool
+}
+
+func (m *machine) Dial(context.Context, uint32) (net.Conn, error) {
+	host, _ := net.Pipe()
+	return host, nil
+}
+
+func (m *machine) Snapshot(_ context.Context, dir string) error {
+	return os.WriteFile(filepath.Join(dir, "state.json"), []byte("state"), 0o600)
+}
+
+func (m *machine) Kill(context.Context) error { m.killed.Store(true); return nil }
+
+func options(t *testing.T, d vmm.Driver) Options {
+	t.Helper()
+	root := t.TempDir()
+	return Options{Dir: filepath.Join(root, "templates"), Run: root, Driver: d, Depends: []string{"guest 1"}}
+}
+
+func store(t *testing.T, o Options) *Store {
+	t.Helper()
+	s, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func get(t *testing.T, s *Store, scope string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	dir, err := s.Template(ctx, scope)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestMadeOnceForAll(t *testing.T) {
+	d := &driver{}
+	o := options(t, d)
+	s := store(t, o)
+	var group sync.WaitGroup
+	for range 20 {
+		group.Go(func() { get(t, s, "") })
+	}
+	group.Wait()
+	dir := get(t, store(t, o), "") // the next daemon's
+	if n := d.launched.Load(); n != 1 {
+		t.Fatalf("booted %d times, want once", n)
+	}
+	if get(t, s, "tenant-a") == dir {
+		t.Fatal("two scopes have one template")
+	}
+	if n, bytes := s.Usage(); n != 2 || bytes == 0 {
+		t.Fatalf("usage %d, %d bytes", n, bytes)
+	}
+	if left, _ := filepath.Glob(filepath.Join(o.Run, runPrefix+"*")); len(left) > 0 {
+		t.Fatalf("left behind: %v", left)
+	}
+}
+
+func TestDamagedIsMadeAnew(t *testing.T) {
+	for name, damage := range map[string]func(dir string) error{
+		"cut short":     func(dir string) error { return os.Truncate(filepath.Join(dir, "memory"), 1) },
+		"other content": func(dir string) error { return os.WriteFile(filepath.Join(dir, "state.json"), []byte("stale"), 0o600) },
+		"file missing":  func(dir string) error { return os.Remove(filepath.Join(dir, "memory")) },
+		"no manifest":   func(dir string) error { return os.Remove(filepath.Join(dir, manifestName)) },
+		"bad manifest":  func(dir string) error { return os.WriteFile(filepath.Join(dir, manifestName), []byte("{"), 0o600) },
+		"other format": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, manifestName), []byte(`{"format":0}`), 0o600)
+		},
+		"names a parent": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, manifestName), []byte(`{"format":1,"files":{"../x":{"size":1}}}`), 0o600)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := &driver{}
+			o := options(t, d)
+			s := store(t, o)
+			dir := get(t, s, "")
+			if err := damage(dir); err != nil {
+				t.Fatal(err)
+			}
+			s.Failed(dir)
+			if get(t, s, "") != dir || d.launched.Load() != 2 {
+				t.Fatalf("not made anew: %d boots", d.launched.Load())
+			}
+			if err := fullCheck(dir); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+func TestCutShortIsSeenWithoutBeingTold(t *testing.T) {
+	d := &driver{}
+	s := store(t, options(t, d))
+	dir := get(t, s, "")
+	if err := os.Truncate(filepath.Join(dir, "memory"), 5); err != nil {
+		t.Fatal(err)
+	}
+	get(t, s, "")
+	if d.launched.Load() != 2 {
+		t.Fatal("a clone would have got a memory file that was cut short")
+	}
+}
+
+func TestOfAnotherKeyGoes(t *testing.T) {
+	o := options(t, &driver{})
+	old := get(t, store(t, o), "")
+	o.Depends = []string{"guest 2"}
+	s := store(t, o)
+	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("the old one is still there: %v", err)
+	}
+	if get(t, s, "") == old {
+		t.Fatal("same key")
+	}
+}
+
+func TestFailureLeavesNothingAndIsRemembered(t *testing.T) {
+	d := &driver{fail: errdefs.ErrUnavailable}
+	o := options(t, d)
+	s := store(t, o)
+	for range 3 {
+		if _, err := s.Template(context.Background(), ""); !errors.Is(err, errdefs.ErrUnavailable) {
+			t.Fatalf("got %v", err)
+		}
+	}
+	if d.launched.Load() != 1 {
+		t.Fatalf("tried %d times within the pause", d.launched.Load())
+	}
+	if left, _ := os.ReadDir(o.Dir); len(left) > 0 {
+		t.Fatalf("left behind: %v", left)
+	}
+}
+
+func TestDigestIgnoresHowZerosAreStored(t *testing.T) {
+	dir := t.TempDir()
+	sparse, full := filepath.Join(dir, "sparse"), filepath.Join(dir, "full")
+	content := make([]byte, 3*hashBlock+100)
+	copy(content[hashBlock+7:], "data")
+	copy(content[3*hashBlock+50:], "end")
+	if err := os.WriteFile(full, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(sparse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	f.WriteAt([]byte("data"), hashBlock+7)
+	f.WriteAt([]byte("end"), 3*hashBlock+50)
+	f.Truncate(int64(len(content)))
+	a, _, err := digest(sparse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, _, err := digest(full)
+	if err != nil || a != b {
+		t.Fatalf("%s and %s, %v", a, b, err)
+	}
+	f.WriteAt([]byte("D"), hashBlock+7)
+	if c, _, _ := digest(sparse); c == a {
+		t.Fatal("a changed byte was not seen")
+	}
+}
