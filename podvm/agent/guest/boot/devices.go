@@ -77,7 +77,7 @@ func (g *Guest) follow(events *os.File) {
 		n, err := events.Read(buf)
 		switch {
 		case errors.Is(err, unix.ENOBUFS): // some were lost; what matters is looked up, not told
-			procs()
+			g.grown()
 			g.notePort()
 			continue
 		case err != nil:
@@ -107,12 +107,20 @@ func (g *Guest) handle(e event) {
 		if err := write(filepath.Join("/sys", e["DEVPATH"], "online"), "1"); err != nil {
 			slog.Error("use a vCPU", "device", e["DEVPATH"], "err", err)
 		}
-	case subsystem == "cpu":
-		procs()
+	case subsystem == "cpu" || subsystem == "memory":
+		g.grown()
 	case subsystem == "virtio-ports":
 		g.notePort()
 	case action == "add" && (subsystem == "pci" || subsystem == "virtio" || subsystem == "nd"):
 		g.plugged(e)
+	}
+}
+
+// grown adapts the agent and the kernel to the vCPUs and the memory there are.
+func (g *Guest) grown() {
+	procs()
+	if err := scale(); err != nil {
+		slog.Error("adapt to the memory", "err", err)
 	}
 }
 

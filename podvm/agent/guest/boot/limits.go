@@ -14,26 +14,31 @@ import (
 // --protect-kernel-defaults, and systemd's), and limits that the kernel derives from the memory it
 // boots with, which here is a fraction of what the pod may get.
 var settings = map[string]string{
-	"kernel/panic":                "-1",
-	"kernel/panic_on_oops":        "1",
-	"kernel/modprobe":             modprobePath,
-	"kernel/pid_max":              "4194304",
-	"kernel/threads-max":          "1048576",
-	"kernel/keys/root_maxbytes":   "25000000",
-	"kernel/keys/root_maxkeys":    "1000000",
-	"vm/overcommit_memory":        "1",
-	"vm/panic_on_oom":             "0",
-	"fs/file-max":                 "9223372036854775807",
-	"fs/inotify/max_user_watches": "1048576",
-	"fs/epoll/max_user_watches":   "4194304",
-	"user/max_user_namespaces":    "524288",
-	"user/max_mnt_namespaces":     "524288",
-	"user/max_net_namespaces":     "524288",
-	"user/max_pid_namespaces":     "524288",
-	"user/max_ipc_namespaces":     "524288",
-	"user/max_uts_namespaces":     "524288",
-	"user/max_cgroup_namespaces":  "524288",
-	"user/max_time_namespaces":    "524288",
+	"kernel/panic":                 "-1",
+	"kernel/panic_on_oops":         "1",
+	"kernel/modprobe":              modprobePath,
+	"kernel/pid_max":               "4194304",
+	"kernel/threads-max":           "1048576",
+	"kernel/keys/root_maxbytes":    "25000000",
+	"kernel/keys/root_maxkeys":     "1000000",
+	"vm/overcommit_memory":         "1",
+	"vm/panic_on_oom":              "0",
+	"fs/file-max":                  "9223372036854775807",
+	"fs/inotify/max_user_watches":  "1048576",
+	"fs/epoll/max_user_watches":    "4194304",
+	"net/ipv4/tcp_rmem":            "4096 131072 6291456",
+	"net/ipv4/tcp_wmem":            "4096 16384 4194304",
+	"net/ipv4/tcp_max_orphans":     "65536",
+	"net/ipv4/tcp_max_tw_buckets":  "65536",
+	"net/ipv4/tcp_max_syn_backlog": "4096",
+	"user/max_user_namespaces":     "524288",
+	"user/max_mnt_namespaces":      "524288",
+	"user/max_net_namespaces":      "524288",
+	"user/max_pid_namespaces":      "524288",
+	"user/max_ipc_namespaces":      "524288",
+	"user/max_uts_namespaces":      "524288",
+	"user/max_cgroup_namespaces":   "524288",
+	"user/max_time_namespaces":     "524288",
 }
 
 func limits() error {
@@ -55,4 +60,20 @@ func limits() error {
 		}
 	}
 	return nil
+}
+
+// scale sets the limits on the memory of sockets, in pages, by the memory that the guest now has:
+// the kernel sets them once, by the memory it boots with.
+// Source: tcp_init_mem and udp_init of the Linux kernel.
+func scale() error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fmt.Errorf("read the size of memory: %w", err)
+	}
+	pages := info.Totalram * uint64(info.Unit) / uint64(os.Getpagesize())
+	triple := func(limit uint64) string { return fmt.Sprintln(limit/4*3, limit, limit/2*3) }
+	if err := write("/proc/sys/net/ipv4/tcp_mem", triple(pages/16)); err != nil {
+		return err
+	}
+	return write("/proc/sys/net/ipv4/udp_mem", triple(pages/8))
 }

@@ -50,10 +50,11 @@ var (
 	}
 	late = []mount{
 		{"devpts", "/dev/pts", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666"},
-		{"tmpfs", "/dev/shm", noDev, "mode=1777"},
+		{"tmpfs", "/dev/shm", noDev, "mode=1777,size=0,nr_inodes=0"},
 		{"mqueue", "/dev/mqueue", noExec, ""},
-		{"tmpfs", "/run", noDev, "mode=0755"},
-		{"tmpfs", "/tmp", noDev, "mode=1777"},
+		// Not the half of a memory that is still to grow: the pod's memory is the limit.
+		{"tmpfs", "/run", noDev, "mode=0755,size=0,nr_inodes=0"},
+		{"tmpfs", "/tmp", noDev, "mode=1777,size=0,nr_inodes=0"},
 		{"cgroup2", "/sys/fs/cgroup", noExec, "nsdelegate,memory_recursiveprot"},
 		{"securityfs", "/sys/kernel/security", noExec, ""},
 		{"bpf", "/sys/fs/bpf", noExec, "mode=0700"},
