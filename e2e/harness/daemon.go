@@ -30,7 +30,7 @@ type Daemon struct {
 	Config Config
 	// Dir is its scratch folder.
 	Dir string
-	// Registry serves the images of e2e/images to it.
+	// Registries serve the images of e2e/images to it.
 	Registries *Registries
 
 	t       testing.TB
@@ -79,19 +79,19 @@ func New(t testing.TB, change ...func(*Config)) *Daemon {
 	d := &Daemon{t: t, Dir: dir, Config: newConfig(t, dir), Registries: SharedRegistries(t)}
 	files := d.Registries.Configure(t, dir)
 	d.Config.Images.RegistriesConf, d.Config.Images.Policy = files.RegistriesConf, files.Policy
-	for _, f := range change {
-		f(&d.Config)
-	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("the daemon's log:\n%s", d.Log())
 		}
 		d.remove()
 	})
+	for _, f := range change {
+		f(&d.Config)
+	}
 	return d
 }
 
-// remove deletes the daemon's folder; a test that mounted over a part of it has that unmounted.
+// remove deletes the daemon's folder.
 func (d *Daemon) remove() {
 	if err := os.RemoveAll(d.Dir); err != nil {
 		d.t.Errorf("remove %s: %v", d.Dir, err)

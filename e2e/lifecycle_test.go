@@ -1,0 +1,208 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caisson-vm/caisson/e2e/harness"
+	"github.com/caisson-vm/caisson/e2e/images"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// testSharedPod has two containers share what containers of a pod share, and nothing else.
+func testSharedPod(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod()
+	first := pod.Run(images.Busybox, harness.Shell("mkdir /www; echo neighbour > /www/index.html; exec httpd -f -p 127.0.0.1:8080 -h /www"))
+	second := pod.Run(images.Busybox, sleeper)
+	harness.Eventually(t, "the first serves", func() error {
+		r, err := second.TryExec(10, "wget", "-q", "-O-", "http://127.0.0.1:8080/")
+		if err == nil && string(r.Stdout) != "neighbour\n" {
+			err = missing{"neighbour", string(r.Stdout) + string(r.Stderr)}
+		}
+		return err
+	})
+	first.Exec("sh", "-c", "echo shared > /dev/shm/note")
+	if out := second.Exec("cat", "/dev/shm/note"); out != "shared\n" {
+		t.Errorf("/dev/shm: got %q", out)
+	}
+	has(t, second.Exec("df", "/dev/shm"), "65536")
+	first.Exec("touch", "/tmp/mine")
+	if r, err := second.TryExec(10, "ls", "/tmp/mine"); err != nil || r.ExitCode == 0 {
+		t.Errorf("a container sees the other's files: %v, %v", r, err)
+	}
+	if out := second.Exec("ps"); strings.Contains(out, "httpd") {
+		t.Errorf("a container sees the other's processes:\n%s", out)
+	}
+	shared := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_POD}}
+	})
+	inPod := func(c *runtimeapi.ContainerConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_POD}}
+	}
+	shared.Run(images.Busybox, []string{"sleep", "31415"}, inPod)
+	has(t, shared.Run(images.Busybox, sleeper, inPod).Exec("ps"), "sleep 31415")
+}
+
+// testInitContainers does as the kubelet: one after the other, each in its own container.
+func testInitContainers(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod()
+	for i := range 3 {
+		c := pod.Run(images.Busybox, harness.Shell(fmt.Sprintf("test $(ls /dev/shm | wc -l) = %d && touch /dev/shm/init-%d", i, i)))
+		if s := c.Wait(); s.ExitCode != 0 || s.Reason != "Completed" {
+			t.Errorf("init container %d: %d, %q, %q", i, s.ExitCode, s.Reason, s.Message)
+		}
+		if i == 0 {
+			c.Remove()
+		}
+	}
+	main := pod.Run(images.Busybox, sleeper)
+	if out := main.Exec("ls", "/dev/shm"); out != "init-0\ninit-1\ninit-2\n" {
+		t.Errorf("got %q", out)
+	}
+}
+
+func testExits(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod()
+	for _, tt := range []struct {
+		script string
+		code   int32
+		reason string
+	}{
+		{"exit 0", 0, "Completed"},
+		{"exit 42", 42, "Error"},
+		{"kill -TERM $$", 143, "Error"},
+		{"kill -KILL $$", 137, "Error"},
+	} {
+		s := pod.Run(images.Busybox, harness.Shell("sleep 0.2; "+tt.script)).Wait()
+		if s.ExitCode != tt.code || s.Reason != tt.reason {
+			t.Errorf("%s: got %d, %q, %q", tt.script, s.ExitCode, s.Reason, s.Message)
+		}
+		if s.CreatedAt <= 0 || s.StartedAt < s.CreatedAt || s.FinishedAt < s.StartedAt || time.Since(time.Unix(0, s.FinishedAt)) > time.Minute {
+			t.Errorf("%s: times %d, %d, %d", tt.script, s.CreatedAt, s.StartedAt, s.FinishedAt)
+		}
+	}
+	oom := pod.Run(images.Busybox, harness.Shell("dd if=/dev/zero of=/dev/null bs=40M"), func(c *runtimeapi.ContainerConfig) {
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 20 << 20, MemorySwapLimitInBytes: 20 << 20}
+	})
+	if s := oom.Wait(); s.Reason != "OOMKilled" || s.ExitCode != 137 {
+		t.Errorf("out of memory: got %d, %q", s.ExitCode, s.Reason)
+	}
+}
+
+func testGrace(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod()
+	polite := pod.Run(images.Busybox, harness.Shell("trap 'echo bye; exit 5' TERM; echo up; while :; do sleep 0.1; done"))
+	deaf := pod.Run(images.Busybox, harness.Shell("trap '' TERM; echo up; while :; do sleep 0.1; done"))
+	for _, c := range []*harness.Container{polite, deaf} {
+		harness.Eventually(t, "the container is up", func() error {
+			if out := c.Output("stdout"); !strings.Contains(out, "up") {
+				return missing{"up", out}
+			}
+			return nil
+		})
+	}
+	start := time.Now()
+	polite.Stop(60)
+	if s := polite.Status(); s.ExitCode != 5 || time.Since(start) > 30*time.Second {
+		t.Errorf("polite: exit code %d after %v", s.ExitCode, time.Since(start))
+	}
+	if out := polite.Output("stdout"); !strings.HasSuffix(out, "bye\n") {
+		t.Errorf("polite: the log has %q", out)
+	}
+	start = time.Now()
+	deaf.Stop(2)
+	if s := deaf.Status(); s.ExitCode != 137 || time.Since(start) < 2*time.Second {
+		t.Errorf("deaf: exit code %d after %v", s.ExitCode, time.Since(start))
+	}
+}
+
+// testTerminationMessage has a container write where the kubelet mounts a file for it.
+func testTerminationMessage(t *testing.T, d *harness.Daemon) {
+	file := filepath.Join(t.TempDir(), "message")
+	if err := os.WriteFile(file, nil, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	c := d.RunPod().Run(images.Busybox, harness.Shell("echo it was the pressure > /dev/termination-log; exit 1"), func(c *runtimeapi.ContainerConfig) {
+		c.Mounts = []*runtimeapi.Mount{{HostPath: file, ContainerPath: "/dev/termination-log"}}
+	})
+	c.Wait()
+	// It is there as soon as the exit is visible: no waiting here.
+	if message, err := os.ReadFile(file); err != nil || string(message) != "it was the pressure\n" {
+		t.Errorf("got %q, %v", message, err)
+	}
+}
+
+func testResources(t *testing.T, d *harness.Daemon) {
+	c := d.RunPod().Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 50000, MemoryLimitInBytes: 64 << 20}
+	})
+	if out := c.Exec("cat", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max"); out != "67108864\n50000 100000\n" {
+		t.Errorf("got %q", out)
+	}
+	_, err := d.Runtime().UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
+		ContainerId: c.ID, Linux: &runtimeapi.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 70000, MemoryLimitInBytes: 96 << 20},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := c.Exec("cat", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max"); out != "100663296\n70000 100000\n" {
+		t.Errorf("after the update: got %q", out)
+	}
+	if m := c.Status().GetResources().GetLinux().GetMemoryLimitInBytes(); m != 96<<20 {
+		t.Errorf("the status says %d bytes", m)
+	}
+}
+
+func testStats(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod()
+	c := pod.Run(images.Busybox, harness.Shell("dd if=/dev/urandom of=/data bs=1M count=8 2>/dev/null; sync; echo written; while :; do :; done"))
+	harness.Eventually(t, "the data is written", func() error {
+		if out := c.Output("stdout"); out != "written\n" {
+			return missing{"written", out}
+		}
+		return nil
+	})
+	first := stats(t, d, c)
+	harness.Eventually(t, "the CPU time grows", func() error {
+		if now := stats(t, d, c); now.Cpu.UsageCoreNanoSeconds.Value <= first.Cpu.UsageCoreNanoSeconds.Value {
+			return fmt.Errorf("it is %d", now.Cpu.UsageCoreNanoSeconds.Value)
+		}
+		return nil
+	})
+	if m := first.Memory.GetWorkingSetBytes().GetValue(); m == 0 || m > 512<<20 {
+		t.Errorf("working set of %d bytes", m)
+	}
+	harness.Eventually(t, "the writable layer is counted", func() error {
+		if b := stats(t, d, c).GetWritableLayer().GetUsedBytes().GetValue(); b < 8<<20 || b > 64<<20 {
+			return fmt.Errorf("it has %d bytes", b)
+		}
+		return nil
+	})
+	r, err := d.Runtime().PodSandboxStats(t.Context(), &runtimeapi.PodSandboxStatsRequest{PodSandboxId: pod.ID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	linux := r.Stats.Linux
+	if linux.GetCpu().GetUsageCoreNanoSeconds().GetValue() == 0 || linux.GetMemory().GetWorkingSetBytes().GetValue() == 0 || len(linux.GetContainers()) != 1 {
+		t.Errorf("the pod's stats are %v", linux)
+	}
+	if linux.GetNetwork().GetDefaultInterface().GetName() != "eth0" {
+		t.Errorf("the pod's network stats are %v", linux.GetNetwork())
+	}
+}
+
+func stats(t *testing.T, d *harness.Daemon, c *harness.Container) *runtimeapi.ContainerStats {
+	t.Helper()
+	r, err := d.Runtime().ContainerStats(t.Context(), &runtimeapi.ContainerStatsRequest{ContainerId: c.ID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Stats.GetCpu().GetUsageCoreNanoSeconds() == nil {
+		t.Fatalf("got %v", r.Stats)
+	}
+	return r.Stats
+}
