@@ -109,7 +109,7 @@ func guestRoutes(addrs []netlink.Addr, routes []netlink.Route) []Route {
 		route.Gateway = gw.String()
 		via = append(via, route)
 		// The flag says that the gateway is there though no route says so; a route to it does, too.
-		if r.Flags&unix.RTNH_F_ONLINK != 0 && !gw.IsLinkLocalUnicast() {
+		if r.Flags&unix.RTNH_F_ONLINK != 0 && (gw.To4() != nil || !gw.IsLinkLocalUnicast()) {
 			onLink = append(onLink, Route{Destination: host(gw).String(), Scope: unix.RT_SCOPE_LINK})
 		}
 	}

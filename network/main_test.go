@@ -50,6 +50,7 @@ func TestMain(m *testing.M) {
 // of its pods may be left.
 type node struct {
 	*CNI
+	index   int32
 	dir     string
 	bridge  string
 	gateway string // the bridge's IPv4 address
@@ -67,6 +68,7 @@ func newNode(t testing.TB) *node {
 	i := nodes.Add(1)
 	dir := t.TempDir()
 	n := &node{
+		index:   i,
 		dir:     dir,
 		bridge:  fmt.Sprintf("br-test%d", i),
 		gateway: fmt.Sprintf("10.99.%d.1", i),
@@ -139,9 +141,9 @@ func (n *node) write(t testing.TB, name, content string, mode os.FileMode) {
 func (n *node) ipamDir() string { return filepath.Join(n.dir, "ipam") }
 
 // pod is a pod with an id of its own.
-func pod(i int) Pod {
+func (n *node) pod(i int) Pod {
 	return Pod{
-		ID:   strings.Repeat(fmt.Sprintf("%04x", i), 16),
+		ID:   strings.Repeat(fmt.Sprintf("%04x%04x", n.index, i), 8),
 		Name: fmt.Sprintf("web-%d", i), Namespace: "default", UID: fmt.Sprintf("uid-%d", i),
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
@@ -88,15 +89,10 @@ func podLinks(h *netlink.Handle, primary string, result *types100.Result) ([]net
 	return links, nil
 }
 
-// addTap makes a tap in the thread's namespace that outlives its descriptor, and joins it to link.
+// addTap makes a tap in the thread's namespace and joins it to link.
 func (n *CNI) addTap(h *netlink.Handle, name string, link netlink.Link) error {
-	fd, err := attachTap(name, tapFlags|unix.IFF_TUN_EXCL)
-	if err != nil {
+	if err := createTap(name); err != nil {
 		return err
-	}
-	defer unix.Close(fd)
-	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
-		return fmt.Errorf("make %s persistent: %w", name, err)
 	}
 	// Up, the namespace's stack would greet the guest with its own neighbour discovery.
 	if err := ipv6Sysctl(name, "disable_ipv6", "1"); err != nil {
@@ -116,6 +112,23 @@ func (n *CNI) addTap(h *netlink.Handle, name string, link netlink.Link) error {
 		if err := n.redirect(h, way[0], way[1]); err != nil {
 			return fmt.Errorf("redirect %s to %s: %w", way[0].Attrs().Name, way[1].Attrs().Name, err)
 		}
+	}
+	return nil
+}
+
+// createTap makes a tap in the thread's namespace that outlives its descriptor.
+func createTap(name string) error {
+	// A child forked meanwhile would hold a copy of the descriptor until its exec, and OpenTap
+	// would find the tap in use.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	fd, err := attachTap(name, tapFlags|unix.IFF_TUN_EXCL)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make %s persistent: %w", name, err)
 	}
 	return nil
 }
