@@ -68,9 +68,20 @@ func (l *Layer) Symlink(name, target string) *Layer {
 	return l.add(tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777}, nil)
 }
 
-// Link adds a hard link to a file of this layer or of one below.
-func (l *Layer) Link(name, target string) *Layer {
-	return l.add(tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: strings.TrimPrefix(target, "/"), Mode: 0o644}, nil)
+// Link adds a hard link to a file of this layer or of one of those below. Like every archiver it
+// repeats what the file itself has as owner, mode and time, since unpackers apply it.
+func (l *Layer) Link(name, target string, below ...*Layer) *Layer {
+	target = strings.TrimPrefix(target, "/")
+	for _, layer := range append([]*Layer{l}, below...) {
+		for _, e := range layer.Entries {
+			if e.Name == target {
+				h := e.Header
+				h.Typeflag, h.Name, h.Linkname = tar.TypeLink, name, target
+				return l.add(h, nil)
+			}
+		}
+	}
+	panic("link to " + target + ", which is in none of the layers")
 }
 
 // Whiteout deletes what lower layers have under the name.

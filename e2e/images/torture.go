@@ -42,7 +42,8 @@ func torture(_ context.Context, _ string, b *base) ([]Image, error) {
 }
 
 func tortureLayers() []*Layer {
-	return []*Layer{tortureBottom(), tortureMiddle(), tortureTop()}
+	bottom := tortureBottom()
+	return []*Layer{bottom, tortureMiddle(bottom), tortureTop()}
 }
 
 func tortureBottom() *Layer {
@@ -73,14 +74,14 @@ func tortureBottom() *Layer {
 	return l.File(at("becomes-dir"), 0o644, "a file\n").File(at("overwritten"), 0o600, "bottom\n").Dir(at("dir-mode"), 0o700)
 }
 
-func tortureMiddle() *Layer {
+func tortureMiddle(bottom *Layer) *Layer {
 	l := &Layer{}
 	at := func(name string) string { return path.Join(TortureDir, name) }
 	l.Whiteout(at("gone/file")).Whiteout(at("gone/dir")).Whiteout(at("reborn")).Whiteout(at("never-was"))
 	l.File(at("opaque/a-before-the-marker"), 0o644, "new\n").Opaque(at("opaque")).File(at("opaque/shown"), 0o644, "new\n")
 	l.File(at("becomes-file"), 0o644, "a file now\n").File(at("becomes-dir/child"), 0o644, "a directory now\n")
 	l.File(at("overwritten"), 0o644, "middle\n").Dir(at("dir-mode"), 0o750)
-	l.Link(at("link/across-layers"), at("link/first"))
+	l.Link(at("link/across-layers"), at("link/first"), bottom)
 	return l.File(at("kept/above"), 0o644, "middle\n")
 }
 
