@@ -190,6 +190,39 @@ func TestVMKilled(t *testing.T) {
 	fallen(t, d, c, "")
 }
 
+// TestGuestHangs stops a VMM: its guest answers no more. What has a limit keeps it, what has none is
+// refused in time, the other pod does not notice, and the pod can be removed.
+func TestGuestHangs(t *testing.T) {
+	d := harness.Start(t)
+	c := d.RunPod().Run(images.Busybox, sleeper)
+	pids := vms(t)
+	if len(pids) != 1 {
+		t.Fatalf("VMs %v, want one process per pod", pids)
+	}
+	other := d.RunPod().Run(images.Busybox, sleeper)
+	if err := unix.Kill(pids[0], unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if _, err := c.TryExec(2, "true"); err == nil {
+		t.Error("an exec in a stopped guest succeeded")
+	}
+	if took := time.Since(start); took > 30*time.Second {
+		t.Errorf("an exec with a limit of 2 s took %v", took)
+	}
+	d.Crictl("pods")
+	d.Crictl("ps")
+	d.Crictl("stats")
+	if out := other.Exec("echo", "afloat"); out != "afloat\n" {
+		t.Errorf("the other pod: got %q", out)
+	}
+	start = time.Now()
+	c.Pod.Remove()
+	if took := time.Since(start); took > 60*time.Second {
+		t.Errorf("removal took %v", took)
+	}
+}
+
 // TestVMMMissing has no VMM to start.
 func TestVMMMissing(t *testing.T) {
 	d := harness.New(t, func(c *harness.Config) { c.Driver, c.VM.QEMU = "qemu", "/no/such/qemu" })
