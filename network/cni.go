@@ -87,8 +87,10 @@ func (n *CNI) Setup(ctx context.Context, p Pod) (*Attachment, error) {
 	if err != nil {
 		return nil, err
 	}
-	path := n.netnsPath(p.ID)
-	rt, err := runtimeConf(p, path)
+	if err := n.installed(list); err != nil {
+		return nil, err
+	}
+	rt, err := runtimeConf(p, n.netnsPath(p.ID))
 	if err != nil {
 		return nil, err
 	}

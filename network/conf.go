@@ -85,6 +85,18 @@ func (n *CNI) Status(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := n.installed(list); err != nil {
+		return err
+	}
+	if err := n.lib.GetStatusNetworkList(ctx, list); err != nil {
+		return fmt.Errorf("cni status of network %q: %w", list.Name, err)
+	}
+	return nil
+}
+
+// installed looks for the plugins and for tap devices. Setup does so before it makes anything: what
+// a plugin has made, a missing one would keep from being deleted.
+func (n *CNI) installed(list *libcni.NetworkConfigList) error {
 	for _, p := range list.Plugins {
 		for _, name := range []string{p.Network.Type, p.Network.IPAM.Type} {
 			if name == "" {
@@ -97,9 +109,6 @@ func (n *CNI) Status(ctx context.Context) error {
 	}
 	if _, err := os.Stat(tunDevice); err != nil {
 		return fmt.Errorf("no tap devices: %w; run \"modprobe tun\": %w", err, errdefs.ErrFailedPrecondition)
-	}
-	if err := n.lib.GetStatusNetworkList(ctx, list); err != nil {
-		return fmt.Errorf("cni status of network %q: %w", list.Name, err)
 	}
 	return nil
 }

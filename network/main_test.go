@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -180,15 +181,40 @@ func (n *node) wantNothingLeft(t testing.TB) {
 	if err != nil || strings.Contains(string(mounts), n.dir) {
 		t.Errorf("a mount is left (%v)", err)
 	}
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		left := podInterfaces(t) // with a namespace they go in the background
+		if len(left) == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("interfaces are left: %v", left)
+			break
+		}
+	}
+	if rules := n.rules(t); rules != "" {
+		t.Errorf("rules are left:\n%s", rules)
+	}
+}
+
+// podInterfaces are the node's ends of pods' interfaces.
+func podInterfaces(t testing.TB) (names []string) {
+	t.Helper()
 	links, err := net.Interfaces()
 	if err != nil {
 		t.Error(err)
 	}
 	for _, l := range links {
 		if strings.HasPrefix(l.Name, "veth") || strings.HasPrefix(l.Name, "bwp") {
-			t.Errorf("interface %s is left", l.Name)
+			names = append(names, l.Name)
 		}
 	}
+	return names
+}
+
+// rules are the chains that plugins made for single pods.
+func (n *node) rules(t testing.TB) string {
+	t.Helper()
+	var chains []string
 	for _, tool := range []string{"iptables-save", "ip6tables-save"} {
 		rules, err := exec.Command(tool, "-t", "nat").CombinedOutput()
 		if err != nil {
@@ -196,7 +222,19 @@ func (n *node) wantNothingLeft(t testing.TB) {
 		}
 		for _, line := range strings.Split(string(rules), "\n") {
 			if strings.HasPrefix(line, ":CNI-") && !strings.HasPrefix(line, ":CNI-HOSTPORT") {
-				t.Errorf("rules are left: %s", line)
+				chains = append(chains, line)
+			}
+		}
+	}
+	return strings.Join(chains, "\n")
+}
+
+func (n *node) flushRules(t testing.TB) {
+	t.Helper()
+	for _, tool := range []string{"iptables", "ip6tables"} {
+		for _, flag := range []string{"-F", "-X"} {
+			if out, err := exec.Command(tool, "-t", "nat", flag).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v: %s", tool, err, out)
 			}
 		}
 	}

@@ -76,12 +76,12 @@ func run(ctx context.Context, path string, stdin []byte, env []string) ([]byte, 
 	err := cmd.Run()
 	// ErrWaitDelay: it succeeded but left a child behind that holds stdout.
 	if err == nil || errors.Is(err, exec.ErrWaitDelay) {
-		return stdout.Bytes(), nil
+		return stdout.buf, nil
 	}
 	if errors.Is(err, unix.ETXTBSY) {
 		return nil, err
 	}
-	return nil, pluginError(ctx, path, env, err, stdout.Bytes(), stderr.String())
+	return nil, pluginError(ctx, path, env, err, stdout.buf, string(stderr.buf))
 }
 
 // pluginError says which plugin failed at what, in its own words as far as it had any.
@@ -119,17 +119,18 @@ func command(env []string) string {
 	return "?"
 }
 
-// head takes the first limit bytes and fails then, which ends the copy.
+// head takes the first limit bytes and fails then, which ends the copy and, by SIGPIPE, the writer.
 type head struct {
-	bytes.Buffer
+	buf   []byte
 	limit int
 }
 
 func (h *head) Write(p []byte) (int, error) {
-	if h.Len()+len(p) > h.limit {
+	if len(h.buf)+len(p) > h.limit {
 		return 0, fmt.Errorf("more than %d bytes of output", h.limit)
 	}
-	return h.Buffer.Write(p)
+	h.buf = append(h.buf, p...)
+	return len(p), nil
 }
 
 // tail keeps the last limit bytes.
@@ -145,5 +146,3 @@ func (t *tail) Write(p []byte) (int, error) {
 	}
 	return len(p), nil
 }
-
-func (t *tail) String() string { return string(t.buf) }

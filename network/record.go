@@ -80,15 +80,17 @@ func (n *CNI) writeRecord(list *libcni.NetworkConfigList, rt *libcni.RuntimeConf
 }
 
 // attachment returns what DEL and CHECK of a known pod are to be called with: what the record
-// says, else the present configuration. A nil list means that there is nothing to call.
+// says, else libcni's cache, else the present configuration. A nil list means that there is
+// nothing to call.
 func (n *CNI) attachment(p Pod) (*libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
 	list, rt, err := n.readRecord(p.ID)
 	if err == nil {
 		return list, rt, nil
 	}
 	unrecorded := errors.Is(err, fs.ErrNotExist)
-	if !unrecorded {
-		slog.Warn("network record unreadable, taking the present configuration instead", "pod", p.ID, "err", err)
+	slog.Warn("no network record, deleting by what else is known", "pod", p.ID, "err", err)
+	if list, rt = n.cached(p.ID); list != nil {
+		return list, rt, nil
 	}
 	rt, err = runtimeConf(Pod{ID: p.ID, Name: p.Name, Namespace: p.Namespace, UID: p.UID}, n.netnsPath(p.ID))
 	if err != nil {
@@ -99,6 +101,22 @@ func (n *CNI) attachment(p Pod) (*libcni.NetworkConfigList, *libcni.RuntimeConf,
 		return nil, nil, nil // a namespace of ours and nothing that says a plugin ever saw it
 	}
 	return list, rt, err
+}
+
+// cached is what libcni remembers of a finished ADD, nil when it doesn't.
+func (n *CNI) cached(id string) (*libcni.NetworkConfigList, *libcni.RuntimeConf) {
+	found, err := n.lib.GetCachedAttachments(id)
+	if err != nil || len(found) == 0 {
+		return nil, nil
+	}
+	a := found[0]
+	list, err := libcni.NetworkConfFromBytes(a.Config)
+	if err != nil || len(list.Plugins) == 0 {
+		return nil, nil
+	}
+	return list, &libcni.RuntimeConf{
+		ContainerID: id, NetNS: n.netnsPath(id), IfName: a.IfName, Args: a.CniArgs, CapabilityArgs: a.CapabilityArgs,
+	}
 }
 
 func (n *CNI) readRecord(id string) (*libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
