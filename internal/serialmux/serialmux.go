@@ -1,0 +1,326 @@
+// Package serialmux carries many byte streams over one serial port between a host and its guest.
+//
+// The guest writes a preamble, a magic word and 16 random bytes; on a virtio-serial port that write
+// waits in the kernel until a host has connected. The host looks for the preamble in whatever is
+// still in the port and answers with the 16 bytes; the guest drops what it reads until they come,
+// and confirms. From there on both speak yamux, the guest as its server. Each stream begins with the number of
+// the port it is for (4 bytes, big endian). When the host goes the guest starts over.
+package serialmux
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/yamux"
+)
+
+const (
+	// magic is followed by one of two bytes and the nonce.
+	magic     = "CSN"
+	preamble  = '1'
+	confirm   = '2'
+	nonceSize = 16
+	// staleMax is how much either end skips before what it waits for, in bytes.
+	staleMax = 4 << 20
+	// window is how much may be under way on one stream, in bytes.
+	window = 512 << 10
+)
+
+// config of both ends. Keepalive is off: a paused guest must not lose its streams, and a dead VM
+// is seen by other means.
+func config() *yamux.Config {
+	c := yamux.DefaultConfig()
+	c.EnableKeepAlive = false
+	c.MaxStreamWindowSize = window
+	c.StreamOpenTimeout = 0
+	c.StreamCloseTimeout = 0
+	c.ConnectionWriteTimeout = 5 * time.Minute
+	c.LogOutput = io.Discard
+	return c
+}
+
+// Session is the host's end.
+type Session struct{ mux *yamux.Session }
+
+// Dial begins a session over a connection to the port. It waits for the guest, which may still be
+// booting, until ctx ends, and closes the connection when it fails. With again set, the guest may
+// not have noticed that a former host went: it is made to.
+func Dial(ctx context.Context, conn net.Conn, again bool) (*Session, error) {
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	r := bufio.NewReader(conn)
+	quiet := func() {}
+	if again {
+		quiet = disturb(conn)
+	}
+	err := greet(r, conn, quiet)
+	quiet()
+	if !stop() {
+		err = errors.Join(context.Cause(ctx), err)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("serial channel: %w", err)
+	}
+	mux, err := yamux.Client(buffered{r, conn}, config())
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("serial channel: %w", err)
+	}
+	return &Session{mux}, nil
+}
+
+// greet answers the guest's preambles until the guest confirms an answer. There may be stale ones,
+// of a guest that started over, and other bytes of former sessions before and between them.
+func greet(r *bufio.Reader, w io.Writer, quiet func()) error {
+	var answered [nonceSize]byte
+	for skipped := 0; skipped < staleMax; {
+		n, err := skipTo(r, magic)
+		if err != nil {
+			return err
+		}
+		skipped += n
+		var nonce [nonceSize]byte
+		kind, err := r.ReadByte()
+		if err != nil {
+			return err
+		}
+		if kind != preamble && kind != confirm {
+			continue
+		}
+		if _, err := io.ReadFull(r, nonce[:]); err != nil {
+			return err
+		}
+		switch {
+		case kind == confirm && nonce == answered:
+			return nil
+		case kind == preamble:
+			quiet()
+			answered = nonce
+			if _, err := w.Write(nonce[:]); err != nil {
+				return err
+			}
+		}
+	}
+	return errors.New("no preamble from the guest")
+}
+
+// disturbance ends a yamux session that reads it: no version of yamux begins a header so. A session
+// that is in the middle of a frame swallows a part of it, at most a window.
+var disturbance = bytes.Repeat([]byte{0xff}, 4<<10)
+
+const disturbEvery = 200 * time.Millisecond
+
+// disturb writes what ends a session that the guest still has with a host that is gone, again and
+// again up to a window's size, until the function that it returns is called, which waits for the
+// last write.
+func disturb(conn net.Conn) (quiet func()) {
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for written, chunk := 0, len(disturbance); written < 2*window; written, chunk = written+chunk, window/8 {
+			if _, err := conn.Write(bytes.Repeat(disturbance, chunk/len(disturbance))); err != nil {
+				return
+			}
+			select {
+			case <-stop:
+				return
+			case <-time.After(disturbEvery):
+			}
+		}
+	}()
+	return sync.OnceFunc(func() {
+		close(stop)
+		<-done
+	})
+}
+
+// skipTo reads up to the end of the next occurrence of word and returns how many bytes that took.
+func skipTo(r io.ByteReader, word string) (int, error) {
+	for n, seen := 0, make([]byte, len(word)); n < staleMax; n++ {
+		if n > 0 && string(seen) == word {
+			return n, nil
+		}
+		b, err := r.ReadByte()
+		if err != nil {
+			return n, err
+		}
+		copy(seen, seen[1:])
+		seen[len(seen)-1] = b
+	}
+	return staleMax, errors.New("no preamble from the guest")
+}
+
+// buffered is a connection whose first bytes were read ahead.
+type buffered struct {
+	r *bufio.Reader
+	net.Conn
+}
+
+func (b buffered) Read(p []byte) (int, error) { return b.r.Read(p) }
+
+// Open opens a stream to a port in the guest.
+func (s *Session) Open(port uint32) (net.Conn, error) {
+	c, err := s.mux.OpenStream()
+	if err != nil {
+		return nil, fmt.Errorf("serial channel: open stream: %w", err)
+	}
+	if _, err := c.Write(binary.BigEndian.AppendUint32(nil, port)); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("serial channel: open stream: %w", err)
+	}
+	return stream{c}, nil
+}
+
+// Done is closed when the session has ended.
+func (s *Session) Done() <-chan struct{} { return s.mux.CloseChan() }
+
+// Close ends the session and its connection.
+func (s *Session) Close() error { return s.mux.Close() }
+
+// stream is one stream. yamux's own Close only ends the writing; here that is CloseWrite, and
+// Close ends the reading as well.
+type stream struct{ *yamux.Stream }
+
+// CloseWrite ends the writing: the peer reads an end of file.
+func (s stream) CloseWrite() error { return s.Stream.Close() }
+
+// Close ends both directions. What the peer still sends is taken in and dropped, so that it does
+// not wait for a window that nobody opens.
+func (s stream) Close() error {
+	err := s.Stream.Close()
+	s.SetReadDeadline(time.Now())
+	go drain(s.Stream)
+	return err
+}
+
+// drainLimit is how long a closed stream is kept for its peer to end it too.
+const drainLimit = 30 * time.Second
+
+func drain(s *yamux.Stream) {
+	s.SetReadDeadline(time.Now().Add(drainLimit))
+	io.Copy(io.Discard, s)
+}
+
+// Listener is the guest's end: it accepts streams, session after session.
+type Listener struct {
+	port    uint32
+	open    func() (io.ReadWriteCloser, error)
+	streams chan net.Conn
+	done    chan struct{}
+	cancel  context.CancelFunc
+	ctx     context.Context
+	err     error // written before done is closed
+}
+
+// Listen serves one port number over the serial ports that open returns; it is called again
+// whenever the host has gone. Streams to other port numbers are closed.
+func Listen(open func() (io.ReadWriteCloser, error), port uint32) *Listener {
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &Listener{port: port, open: open, streams: make(chan net.Conn), done: make(chan struct{}), ctx: ctx, cancel: cancel}
+	go l.run()
+	return l
+}
+
+func (l *Listener) run() {
+	defer close(l.done)
+	for l.ctx.Err() == nil {
+		if err := l.session(); err != nil {
+			l.err = err
+			return
+		}
+	}
+	l.err = net.ErrClosed
+}
+
+// session serves one host. Its error is that of opening the port: nothing more can come.
+func (l *Listener) session() error {
+	rw, err := l.open()
+	if err != nil {
+		return err
+	}
+	defer rw.Close()
+	defer context.AfterFunc(l.ctx, func() { rw.Close() })()
+	r := bufio.NewReader(rw)
+	if err := answer(r, rw); err != nil {
+		return nil
+	}
+	mux, err := yamux.Server(struct {
+		io.Reader
+		io.WriteCloser
+	}{r, rw}, config())
+	if err != nil {
+		return err
+	}
+	defer mux.Close()
+	for {
+		c, err := mux.AcceptStream()
+		if err != nil {
+			return nil
+		}
+		go l.accept(c)
+	}
+}
+
+// answer writes the preamble, reads until the host has repeated its nonce, and confirms that.
+func answer(r *bufio.Reader, w io.Writer) error {
+	nonce := make([]byte, nonceSize)
+	rand.Read(nonce)
+	if _, err := w.Write(message(preamble, nonce)); err != nil {
+		return err
+	}
+	if _, err := skipTo(r, string(nonce)); err != nil {
+		return err
+	}
+	_, err := w.Write(message(confirm, nonce))
+	return err
+}
+
+func message(kind byte, nonce []byte) []byte {
+	return append(append([]byte(magic), kind), nonce...)
+}
+
+func (l *Listener) accept(c *yamux.Stream) {
+	var port [4]byte
+	if _, err := io.ReadFull(c, port[:]); err != nil || binary.BigEndian.Uint32(port[:]) != l.port {
+		stream{c}.Close()
+		return
+	}
+	select {
+	case l.streams <- stream{c}:
+	case <-l.done:
+		stream{c}.Close()
+	}
+}
+
+// Accept implements net.Listener.
+func (l *Listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.streams:
+		return c, nil
+	case <-l.done:
+		return nil, l.err
+	}
+}
+
+// Close implements net.Listener.
+func (l *Listener) Close() error {
+	l.cancel()
+	return nil
+}
+
+// Addr implements net.Listener.
+func (l *Listener) Addr() net.Addr { return addr{} }
+
+type addr struct{}
+
+func (addr) Network() string { return "serial" }
+func (addr) String() string  { return "serial" }
