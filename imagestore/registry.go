@@ -1,0 +1,378 @@
+package imagestore
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/containers/image/v5/docker"
+	"github.com/containers/image/v5/docker/reference"
+	"github.com/containers/image/v5/image"
+	"github.com/containers/image/v5/manifest"
+	"github.com/containers/image/v5/pkg/blobinfocache/none"
+	"github.com/containers/image/v5/pkg/sysregistriesv2"
+	"github.com/containers/image/v5/signature"
+	"github.com/containers/image/v5/types"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+const (
+	systemPolicy   = "/etc/containers/policy.json"
+	systemAuthFile = "/etc/containers/auth.json"
+	maxConfig      = 4 << 20 // bytes of an image's configuration, as containers/image has it
+	maxLayers      = 1024
+)
+
+// registries speaks to registries as the node's configuration says. It is the one place that knows
+// containers/image.
+type registries struct {
+	policy string
+	sys    types.SystemContext
+}
+
+func newRegistries(o Options, staging string) *registries {
+	r := &registries{policy: o.Policy, sys: types.SystemContext{
+		SystemRegistriesConfPath: o.RegistriesConf,
+		AuthFilePath:             o.AuthFile,
+		// Containers/image wants to keep aliases that users confirm; nobody is asked here.
+		UserShortNameAliasConfPath: filepath.Join(staging, "short-names.conf"),
+		DockerRegistryUserAgent:    "caisson",
+		OSChoice:                   "linux",
+		BigFilesTemporaryDir:       staging,
+	}}
+	if o.RegistriesConf != "" {
+		r.sys.SystemRegistriesConfDirPath = o.RegistriesConf + ".d"
+	}
+	if o.AuthFile == "" {
+		r.sys.AuthFilePath = systemAuthFile
+	}
+	return r
+}
+
+// name is a full image name: registry, repository, and either a tag or a digest.
+type name struct{ ref reference.Named }
+
+func (n name) String() string { return n.ref.String() }
+
+// tag is the name if it has a tag, else "".
+func (n name) tag() string {
+	if _, ok := n.ref.(reference.NamedTagged); ok {
+		return n.ref.String()
+	}
+	return ""
+}
+
+// withDigest is the name of what n refers to by the manifest's digest.
+func (n name) withDigest(d digest.Digest) string { return n.ref.Name() + "@" + d.String() }
+
+// resolve makes a full name of what users write. Short names are looked up in the aliases of
+// registries.conf and else belong to docker.io; without tag and digest, latest is meant; of both,
+// the digest counts.
+func (r *registries) resolve(ref string) (name, error) {
+	named, err := reference.ParseNormalizedNamed(ref)
+	if err != nil {
+		return name{}, fmt.Errorf("image name %.300q: %w: %w", ref, err, errdefs.ErrInvalidArgument)
+	}
+	if aliased, err := r.alias(ref, named); err != nil {
+		return name{}, err
+	} else if aliased != nil {
+		named = aliased
+	}
+	if digested, ok := named.(reference.Digested); ok {
+		named, err = reference.WithDigest(reference.TrimNamed(named), digested.Digest())
+		if err != nil {
+			return name{}, fmt.Errorf("image name %.300q: %w: %w", ref, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	return name{reference.TagNameOnly(named)}, nil
+}
+
+// alias returns what registries.conf says a short name stands for, with the tag and digest of
+// named; nil if ref is not short or has no alias.
+func (r *registries) alias(ref string, named reference.Named) (reference.Named, error) {
+	short, err := reference.Parse(ref)
+	if err != nil {
+		return nil, nil // a full name's forms have been checked by the caller
+	}
+	repository, ok := short.(reference.Named)
+	if first, _, more := strings.Cut(ref, "/"); !ok || more && (strings.ContainsAny(first, ".:") || first == "localhost") {
+		return nil, nil
+	}
+	full, _, err := sysregistriesv2.ResolveShortNameAlias(&r.sys, repository.Name())
+	if err != nil {
+		return nil, fmt.Errorf("short name %q: read registries.conf: %w: %w", ref, err, errdefs.ErrFailedPrecondition)
+	}
+	if full == nil {
+		return nil, nil
+	}
+	if tagged, ok := named.(reference.Tagged); ok {
+		if full, err = reference.WithTag(full, tagged.Tag()); err != nil {
+			return nil, err
+		}
+	}
+	if digested, ok := named.(reference.Digested); ok {
+		return reference.WithDigest(full, digested.Digest())
+	}
+	return full, nil
+}
+
+// remote is an image in a registry, with its manifest read and allowed by the policy.
+type remote struct {
+	name   name
+	src    types.ImageSource
+	digest digest.Digest // of what the name refers to: a manifest or an index
+	config digest.Digest
+	size   int64 // of the configuration
+	layers []layer
+}
+
+// layer is a layer as the manifest has it: compressed.
+type layer struct {
+	digest digest.Digest
+	size   int64
+}
+
+// open finds the image, chooses the instance for this machine and checks the policy.
+func (r *registries) open(ctx context.Context, n name, auth *Auth) (*remote, error) {
+	sysregistriesv2.InvalidateCache() // the operator may have edited it
+	sys, err := r.system(n, auth)
+	if err != nil {
+		return nil, err
+	}
+	ref, err := docker.NewReference(n.ref)
+	if err != nil {
+		return nil, fmt.Errorf("image name %q: %w: %w", n, err, errdefs.ErrInvalidArgument)
+	}
+	src, err := ref.NewImageSource(ctx, sys)
+	if err != nil {
+		return nil, registryError(ctx, err)
+	}
+	m := &remote{name: n, src: src}
+	if err := m.read(ctx, r, sys); err != nil {
+		m.close()
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *remote) close() {
+	if err := m.src.Close(); err != nil {
+		slog.Warn("close registry connection", "image", m.name.String(), "err", err)
+	}
+}
+
+// system is what one pull adds to the node's configuration.
+func (r *registries) system(n name, auth *Auth) (*types.SystemContext, error) {
+	sys := r.sys
+	found, err := sysregistriesv2.FindRegistry(&sys, n.ref.Name())
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("read registries.conf: %w: %w", err, errdefs.ErrFailedPrecondition)
+	case found != nil && found.Blocked:
+		return nil, fmt.Errorf("registry %s is blocked by %s: %w", found.Prefix, sysregistriesv2.ConfigPath(&sys), errdefs.ErrPermissionDenied)
+	case found == nil && loopback(reference.Domain(n.ref)):
+		// A registry on this machine may do without TLS, as with containerd.
+		sys.DockerInsecureSkipTLSVerify = types.OptionalBoolTrue
+	}
+	if auth == nil {
+		return &sys, nil
+	}
+	sys.DockerBearerRegistryToken = auth.RegistryToken
+	user, password := auth.Username, auth.Password
+	if auth.Auth != "" {
+		plain, err := base64.StdEncoding.DecodeString(auth.Auth)
+		if err != nil {
+			return nil, fmt.Errorf("credentials for %s are not base64: %w", n, errdefs.ErrInvalidArgument)
+		}
+		user, password, _ = strings.Cut(strings.TrimRight(string(plain), "\x00"), ":")
+	}
+	if user != "" || password != "" || auth.IdentityToken != "" {
+		sys.DockerAuthConfig = &types.DockerAuthConfig{Username: user, Password: password, IdentityToken: auth.IdentityToken}
+	}
+	return &sys, nil
+}
+
+func loopback(host string) bool {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	ip := net.ParseIP(strings.Trim(host, "[]"))
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// read fills in m from the manifest.
+func (m *remote) read(ctx context.Context, r *registries, sys *types.SystemContext) error {
+	unparsed := image.UnparsedInstance(m.src, nil)
+	blob, kind, err := unparsed.Manifest(ctx)
+	if err != nil {
+		return registryError(ctx, err)
+	}
+	if m.digest, err = manifest.Digest(blob); err != nil {
+		return fmt.Errorf("manifest of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+	}
+	if kind = mediaType(blob, kind); manifest.MIMETypeIsMultiImage(kind) {
+		list, err := manifest.ListFromBlob(blob, kind)
+		if err != nil {
+			return fmt.Errorf("index of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+		}
+		instance, err := list.ChooseInstance(sys)
+		if err != nil {
+			return fmt.Errorf("%s: %w: %w", m.name, err, errdefs.ErrNotFound)
+		}
+		unparsed = image.UnparsedInstance(m.src, &instance)
+		if blob, kind, err = unparsed.Manifest(ctx); err != nil {
+			return registryError(ctx, err)
+		}
+		kind = mediaType(blob, kind)
+	}
+	if err := r.allow(ctx, unparsed); err != nil {
+		return err
+	}
+	return m.parse(blob, kind)
+}
+
+func mediaType(blob []byte, kind string) string {
+	if manifest.NormalizedMIMEType(kind) != kind || kind == "" {
+		kind = manifest.GuessMIMEType(blob)
+	}
+	return manifest.NormalizedMIMEType(kind)
+}
+
+// allow checks the signature policy.
+func (r *registries) allow(ctx context.Context, unparsed types.UnparsedImage) error {
+	policy, err := r.readPolicy()
+	if err != nil {
+		return err
+	}
+	pc, err := signature.NewPolicyContext(policy)
+	if err != nil {
+		return fmt.Errorf("signature policy: %w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	defer pc.Destroy()
+	if _, err := pc.IsRunningImageAllowed(ctx, unparsed); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return fmt.Errorf("%w: %w: %w", ErrRejected, err, errdefs.ErrPermissionDenied)
+	}
+	return nil
+}
+
+func (r *registries) readPolicy() (*signature.Policy, error) {
+	path := r.policy
+	if path == "" {
+		path = systemPolicy
+	}
+	policy, err := signature.NewPolicyFromFile(path)
+	if errors.Is(err, fs.ErrNotExist) && r.policy == "" {
+		return &signature.Policy{Default: signature.PolicyRequirements{signature.NewPRInsecureAcceptAnything()}}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("signature policy %s: %w: %w", path, err, errdefs.ErrFailedPrecondition)
+	}
+	return policy, nil
+}
+
+// configTypes are what a container image's configuration may call itself.
+var configTypes = map[string]bool{
+	ocispec.MediaTypeImageConfig:            true,
+	manifest.DockerV2Schema2ConfigMediaType: true,
+	"application/octet-stream":              true, // by old Docker
+}
+
+// parse reads the manifest of one instance and refuses what is not a container image.
+func (m *remote) parse(blob []byte, kind string) error {
+	if kind != ocispec.MediaTypeImageManifest && kind != manifest.DockerV2Schema2MediaType {
+		return fmt.Errorf("%s has a manifest of type %s, which is too old or unknown; push it again with a current tool: %w", m.name, kind, errdefs.ErrNotImplemented)
+	}
+	parsed, err := manifest.FromBlob(blob, kind)
+	if err != nil {
+		return fmt.Errorf("manifest of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+	}
+	config := parsed.ConfigInfo()
+	if !configTypes[config.MediaType] {
+		return fmt.Errorf("%s is no container image but an artifact (%s): %w", m.name, config.MediaType, errdefs.ErrInvalidArgument)
+	}
+	if err := config.Digest.Validate(); err != nil {
+		return fmt.Errorf("manifest of %s: configuration: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+	}
+	m.config, m.size = config.Digest, config.Size
+	for _, l := range parsed.LayerInfos() {
+		switch {
+		case strings.HasSuffix(l.MediaType, "+encrypted"):
+			return fmt.Errorf("layer %s of %s is encrypted: %w", l.Digest, m.name, errdefs.ErrNotImplemented)
+		case !strings.Contains(l.MediaType, ".tar"):
+			return fmt.Errorf("layer %s of %s is no archive but %s: %w", l.Digest, m.name, l.MediaType, errdefs.ErrInvalidArgument)
+		case l.Digest.Validate() != nil || l.Size < 0:
+			return fmt.Errorf("manifest of %s: layer %.100q of size %d: %w", m.name, l.Digest, l.Size, errdefs.ErrInvalidArgument)
+		}
+		m.layers = append(m.layers, layer{l.Digest, l.Size})
+	}
+	if len(m.layers) > maxLayers {
+		return fmt.Errorf("%s has %d layers, at most %d are possible: %w", m.name, len(m.layers), maxLayers, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// readConfig fetches the image's configuration.
+func (m *remote) readConfig(ctx context.Context) ([]byte, ocispec.Image, error) {
+	var config ocispec.Image
+	if m.size > maxConfig {
+		return nil, config, fmt.Errorf("configuration of %s has %d bytes, at most %d are possible: %w", m.name, m.size, maxConfig, errdefs.ErrInvalidArgument)
+	}
+	stream, err := m.blob(ctx, layer{m.config, m.size})
+	if err != nil {
+		return nil, config, err
+	}
+	defer stream.Close()
+	raw, err := io.ReadAll(io.LimitReader(stream, maxConfig+1))
+	if err != nil {
+		return nil, config, registryError(ctx, err)
+	}
+	if got := m.config.Algorithm().FromBytes(raw); got != m.config {
+		return nil, config, fmt.Errorf("configuration of %s arrived damaged: digest %s, not %s; pull again: %w", m.name, got, m.config, errdefs.ErrDataLoss)
+	}
+	if err := json.Unmarshal(raw, &config); err != nil {
+		return nil, config, fmt.Errorf("configuration of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+	}
+	return raw, config, m.fits(config)
+}
+
+// fits checks that the configuration is for this machine and agrees with the manifest.
+func (m *remote) fits(config ocispec.Image) error {
+	arch := config.Architecture
+	if config.OS != "" && config.OS != "linux" || arch != "" && arch != runtime.GOARCH && (arch != "386" || runtime.GOARCH != "amd64") {
+		return fmt.Errorf("%s is for %s/%s, this machine is linux/%s: %w", m.name, config.OS, arch, runtime.GOARCH, errdefs.ErrNotFound)
+	}
+	if len(config.RootFS.DiffIDs) != len(m.layers) {
+		return fmt.Errorf("%s has %d layers, but its configuration names %d: %w", m.name, len(m.layers), len(config.RootFS.DiffIDs), errdefs.ErrInvalidArgument)
+	}
+	for _, d := range config.RootFS.DiffIDs {
+		if err := d.Validate(); err != nil {
+			return fmt.Errorf("configuration of %s: layer %.100q: %w: %w", m.name, d, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// blob opens a stream of a blob. Its digest is the caller's to check. Interrupted streams are
+// resumed as far as the registry can.
+func (m *remote) blob(ctx context.Context, l layer) (io.ReadCloser, error) {
+	// Without the URLs that a manifest may bring: it must not choose whom this machine speaks to.
+	stream, _, err := m.src.GetBlob(ctx, types.BlobInfo{Digest: l.digest, Size: l.size}, none.NoCache)
+	if err != nil {
+		return nil, registryError(ctx, err)
+	}
+	return stream, nil
+}
