@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 
@@ -36,17 +35,4 @@ func run(ctx context.Context) error {
 		return err
 	}
 	return errors.New("all channels to the host were closed")
-}
-
-func serve(ctx context.Context, l net.Listener) error {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		up, _ := os.ReadFile("/proc/uptime")
-		status, _ := os.ReadFile("/proc/self/status")
-		mem, _ := os.ReadFile("/proc/meminfo")
-		fmt.Fprintf(c, "up %s\n%s%sEND\n", up, status, mem)
-	}
 }

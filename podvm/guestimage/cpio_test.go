@@ -61,6 +61,22 @@ func TestCpioReadsBack(t *testing.T) {
 	}
 }
 
+func TestPackedIsTheSame(t *testing.T) {
+	in := make(tree)
+	in.file("large", 0o644, bytes.Repeat([]byte("0123456789"), 1<<20))
+	var plain, packed bytes.Buffer
+	if err := in.write(&plain); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.writePacked(&packed); err != nil {
+		t.Fatal(err)
+	}
+	got, err := decompressLZ4(packed.Bytes()[len(magicLZ4):], int64(plain.Len()))
+	if err != nil || !bytes.Equal(got, plain.Bytes()) {
+		t.Errorf("%d bytes came out of %d, %v", len(got), plain.Len(), err)
+	}
+}
+
 func TestCpioIsReproducible(t *testing.T) {
 	write := func(names ...string) []byte {
 		in := make(tree)

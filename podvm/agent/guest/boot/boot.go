@@ -48,10 +48,15 @@ func Init() (*Guest, error) {
 		return nil, err
 	}
 	g := &Guest{modules: m, aliases: aliases, loaded: make(map[string]bool), ports: make(chan struct{}, 1)}
-	if err := g.watch(); err != nil {
+	events, err := watch()
+	if err != nil {
 		return nil, err
 	}
-	return g, g.drivers()
+	if err := g.drivers(); err != nil {
+		return nil, err
+	}
+	go g.follow(events)
+	return g, nil
 }
 
 // Guest is a guest that is set up.
@@ -59,7 +64,7 @@ type Guest struct {
 	modules modules
 	// aliases are those of hardware.
 	aliases []alias
-	// loaded are the drivers loaded for plugged devices; it belongs to the goroutine of follow.
+	// loaded are the drivers loaded for plugged devices; it belongs to follow, once that runs.
 	loaded map[string]bool
 	// ports gets a value when a virtio-serial port appears.
 	ports chan struct{}

@@ -15,7 +15,7 @@ import (
 )
 
 // hardware are the prefixes of the aliases of devices.
-var hardware = []string{"pci:", "virtio:", "acpi", "nd:"}
+var hardware = []string{"pci:", "virtio:", "acpi*:", "nd:"}
 
 // drivers loads what every guest needs and the drivers of the devices that are there.
 func (g *Guest) drivers() error {
@@ -26,25 +26,53 @@ func (g *Guest) drivers() error {
 	if err := g.modules.load(names...); err != nil {
 		return err
 	}
+	present, err := g.present()
+	if err != nil {
+		return err
+	}
+	if err := g.modules.load(present...); err != nil {
+		return err
+	}
+	for _, name := range append(present, names...) {
+		g.loaded[name] = true
+	}
+	return nil
+}
+
+// present lists the drivers of the devices that are there.
+func (g *Guest) present() ([]string, error) {
 	found := make(map[string]bool)
-	for _, bus := range []string{"acpi", "pci", "virtio"} {
+	for _, bus := range []string{"pci", "virtio"} {
 		devices, err := filepath.Glob("/sys/bus/" + bus + "/devices/*/modalias")
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for _, file := range devices {
-			if name, err := os.ReadFile(file); err == nil { // else it was unplugged meanwhile
-				for _, module := range match(g.aliases, strings.TrimSpace(string(name))) {
-					found[module] = true
-				}
+			name, err := os.ReadFile(file)
+			if err != nil {
+				continue // unplugged meanwhile
+			}
+			for _, module := range match(g.aliases, strings.TrimSpace(string(name))) {
+				found[module] = true
 			}
 		}
 	}
-	return g.modules.load(slices.Sorted(maps.Keys(found))...)
+	// There are dozens of ACPI devices, which all have their names in their folders' names.
+	for _, a := range g.aliases {
+		if id, ok := strings.CutPrefix(a.pattern, "acpi*:"); ok {
+			devices, err := filepath.Glob("/sys/bus/acpi/devices/" + strings.TrimSuffix(id, ":*") + ":*")
+			if err != nil {
+				return nil, err
+			}
+			found[a.module] = found[a.module] || len(devices) > 0
+		}
+	}
+	maps.DeleteFunc(found, func(_ string, there bool) bool { return !there })
+	return slices.Sorted(maps.Keys(found)), nil
 }
 
-// watch follows the kernel's device events.
-func (g *Guest) watch() error {
+// watch returns the kernel's device events, from now on.
+func watch() (*os.File, error) {
 	for file, value := range map[string]string{
 		// Memory that is plugged in comes into use at once; as much of it as the kernel can spare
 		// for movable pages only, so that it can be unplugged again.
@@ -52,25 +80,25 @@ func (g *Guest) watch() error {
 		"/sys/module/memory_hotplug/parameters/online_policy": "auto-movable",
 	} {
 		if err := write(file, value); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+			return nil, err
 		}
 	}
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
-		return fmt.Errorf("watch devices: %w", err)
+		return nil, fmt.Errorf("watch devices: %w", err)
 	}
 	// Room for bursts: growing by many memory blocks at once.
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20); err != nil {
-		return fmt.Errorf("watch devices: %w", err)
+		return nil, fmt.Errorf("watch devices: %w", err)
 	}
 	const kernelGroup = 1
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: kernelGroup}); err != nil {
-		return fmt.Errorf("watch devices: %w", err)
+		return nil, fmt.Errorf("watch devices: %w", err)
 	}
-	go g.follow(os.NewFile(uintptr(fd), "uevents"))
-	return nil
+	return os.NewFile(uintptr(fd), "uevents"), nil
 }
 
+// follow handles events as long as the guest lives.
 func (g *Guest) follow(events *os.File) {
 	buf := make([]byte, 16<<10)
 	for {

@@ -4,16 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sync/errgroup"
-
-	"github.com/caisson-vm/caisson/podvm/vmm"
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/internal/serialmux"
+	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
 // portName names the virtio-serial port that is the channel where there is no vsock.
@@ -36,7 +39,9 @@ func (g *Guest) Serve(ctx context.Context, serve func(context.Context, net.Liste
 		if err != nil {
 			return err
 		}
-		return serve(ctx, serialListener(port))
+		// A write that waits for the host, and Close, need the descriptor in Go's poller.
+		open := func() (io.ReadWriteCloser, error) { return os.OpenFile(port, os.O_RDWR|unix.O_NONBLOCK, 0) }
+		return serve(ctx, serialmux.Listen(open, vmm.AgentPort))
 	})
 	return group.Wait()
 }

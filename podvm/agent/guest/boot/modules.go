@@ -151,6 +151,10 @@ func (m modules) aliases(prefixes ...string) ([]alias, error) {
 func match(all []alias, name string) []string {
 	var found []string
 	for _, a := range all {
+		literal, _, _ := strings.Cut(a.pattern, "*")
+		if !strings.HasPrefix(name, literal[:strings.IndexAny(literal+"[?", "[?")]) {
+			continue // much faster than Match, which most aliases don't
+		}
 		if ok, _ := path.Match(a.pattern, name); ok && !slices.Contains(found, a.module) {
 			found = append(found, a.module)
 		}
