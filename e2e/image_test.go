@@ -33,12 +33,17 @@ func testImages(t *testing.T, d *harness.Daemon) {
 		t.Errorf("got %v, %v", fs, err)
 	}
 	auth := &runtimeapi.AuthConfig{Username: harness.User, Password: harness.Password}
-	if _, err := d.TryPull(images.Private, auth); err != nil {
-		t.Errorf("with the right password: %v", err)
+	private := d.Registries.PrivateImage()
+	if _, err := d.TryPull(private, auth); err != nil {
+		t.Fatalf("with the right password: %v", err)
 	}
 	// An image in use can be removed; its containers go on.
-	c := d.RunPod().Run(images.Private, sleeper)
-	if _, err := service.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: images.Private}}); err != nil {
+	c, err := d.RunPod().TryCreate(private, sleeper)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Start()
+	if _, err := service.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: private}}); err != nil {
 		t.Errorf("remove an image in use: %v", err)
 	}
 	if out := c.Exec("cat", "/private"); out != "secret\n" {

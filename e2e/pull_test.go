@@ -32,18 +32,18 @@ func TestBadPulls(t *testing.T) {
 		{"no such digest", "docker.io/library/busybox@sha256:" + strings.Repeat("0", 64), nil, codes.NotFound, []string{"sha256:000"}},
 		{"no reference", "UPPER CASE", nil, codes.InvalidArgument, []string{"UPPER CASE"}},
 		{"empty reference", "", nil, codes.InvalidArgument, nil},
-		{"no password", images.Private, nil, codes.Unauthenticated, []string{"private.test", "password"}},
-		{"wrong password", images.Private, &runtimeapi.AuthConfig{Username: harness.User, Password: "wrong-one"}, codes.Unauthenticated, []string{"private.test"}},
+		{"no password", d.Registries.PrivateImage(), nil, codes.Unauthenticated, []string{images.Private, "credentials"}},
+		{"wrong password", d.Registries.PrivateImage(), &runtimeapi.AuthConfig{Username: harness.User, Password: "wrong-one"}, codes.Unauthenticated, []string{images.Private, "credentials"}},
 		{"registry down", "down.test/caisson/any:1", nil, codes.Unavailable, []string{"down.test", "connection refused"}},
-		{"no archive in a layer", images.Garbage, nil, codes.Unknown, []string{"garbage"}},
-		{"wrong DiffID", images.WrongDiffID, nil, codes.Unknown, []string{"sha256:"}},
+		{"no archive in a layer", images.Garbage, nil, codes.InvalidArgument, []string{"garbage", "tar"}},
+		{"wrong DiffID", images.WrongDiffID, nil, codes.DataLoss, []string{"sha256:", "configuration"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := d.TryPull(tt.ref, tt.auth)
 			if err == nil {
 				t.Fatal("it was pulled")
 			}
-			if code := status.Code(err); code != tt.code && tt.code != codes.Unknown {
+			if code := status.Code(err); code != tt.code {
 				t.Errorf("got %v, want %v: %v", code, tt.code, err)
 			}
 			has(t, err.Error(), tt.want...)

@@ -21,6 +21,10 @@ type Registries struct {
 	Public, Private *registry.Registry
 }
 
+// PrivateImage is how images.Private is pulled: by the registry's own address, because credentials
+// for one registry are rightly not sent to another that stands in for it.
+func (r *Registries) PrivateImage() string { return r.Private.Addr() + "/" + images.Private }
+
 // SharedRegistries starts the suite's registries on first use; they end with the process.
 func SharedRegistries(t testing.TB) *Registries {
 	t.Helper()
@@ -65,7 +69,6 @@ func (r *Registries) Configure(t testing.TB, dir string) registry.Config {
 	public := r.Public.Addr()
 	c, err := registry.WriteConfig(dir, map[string]string{
 		"docker.io": public, "registry.k8s.io": public, "k8s.gcr.io": public, "gcr.io": public,
-		"private.test": r.Private.Addr(),
 		// Nothing listens on the discard port.
 		"down.test": "127.0.0.1:9",
 	})
