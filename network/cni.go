@@ -30,8 +30,8 @@ type Options struct {
 	// CacheDir holds the results of ADD and what a later DEL needs. It belongs to one daemon and
 	// must outlive a reboot, as the plugins' own state does. Default: /var/lib/caisson/cni.
 	CacheDir string
-	// NetNSDir holds one bind-mounted network namespace per pod, named by its id. It belongs to
-	// one daemon. Default: /run/caisson/netns.
+	// NetNSDir holds one bind-mounted network namespace per pod, named by its id. Default:
+	// /run/caisson/netns; /run/netns would do, but ip-netns(8) mounts over that.
 	NetNSDir string
 	// Timeout is how long one run of a plugin may take before it is killed. Default: 1 minute.
 	Timeout time.Duration

@@ -96,27 +96,45 @@ func TestPointToPoint(t *testing.T) {
 	n.configure(t, map[string]any{"cniVersion": "1.0.0", "name": "ptp", "plugins": []map[string]any{{
 		"type": "ptp",
 		"ipam": map[string]any{
-			"type": "host-local", "dataDir": n.ipamDir(), "subnet": n.subnet4,
+			"type": "host-local", "dataDir": n.ipamDir(),
+			"ranges": [][]map[string]string{{{"subnet": n.subnet4}}, {{"subnet": n.subnet6}}},
 			"routes": []map[string]string{{"dst": "0.0.0.0/0"}},
 		},
 	}}})
 	a := n.setup(t, n.pod(1))
 	defer n.teardown(t, n.pod(1).ID)
-	ip := a.IPs()[0]
+	ips := a.IPs()
 	i := a.Interfaces[0]
-	if !slices.Equal(i.Addresses, []string{ip + "/32"}) {
-		t.Errorf("addresses %v, want the address without its subnet", i.Addresses)
+	if want := []string{ips[0] + "/32", ips[1] + "/128"}; !slices.Equal(i.Addresses, want) {
+		t.Errorf("addresses %v, want %v: without their subnets", i.Addresses, want)
 	}
 	var got []string
 	for _, r := range i.Routes {
 		got = append(got, strings.TrimSpace(r.Destination+" "+r.Gateway))
 	}
-	slices.Sort(got[1:])
-	if want := []string{n.gateway + "/32", "0.0.0.0/0 " + n.gateway, n.subnet4 + " " + n.gateway}; !slices.Equal(got, want) {
+	slices.Sort(got[2:]) // behind the two on the link
+	gw6, _, _ := strings.Cut(nth(n.subnet6, 1), "/")
+	want := []string{
+		n.gateway + "/32", gw6 + "/128",
+		"0.0.0.0/0 " + n.gateway, n.subnet4 + " " + n.gateway, n.subnet6 + " " + gw6,
+	}
+	if !slices.Equal(got, want) {
 		t.Errorf("routes %v, want %v", got, want)
 	}
 	g := newGuest(t, n, a)
-	answered(t, g.addrs[0])
+	for _, addr := range g.addrs {
+		answered(t, addr)
+	}
+	// ptp waits until its IPv6 address is known to be no duplicate, two seconds if it is probed.
+	if err := inNetNS(a.NetNS, func() error {
+		dad, err := os.ReadFile("/proc/sys/net/ipv6/conf/eth0/accept_dad")
+		if strings.TrimSpace(string(dad)) != "0" {
+			t.Errorf("accept_dad is %s", dad)
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
 }
 
 // What some plugins do behind the result's back: a gateway off the subnet, permanent neighbours.

@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -66,7 +67,7 @@ func parseConfList(path string) (*libcni.NetworkConfigList, error) {
 	if strings.HasSuffix(path, ".conflist") {
 		return libcni.NetworkConfFromFile(path)
 	}
-	// The format of one plugin per file, which ConfListFromConf turns into a list.
+	// The old format of one plugin per file, which is a list of one.
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
@@ -75,7 +76,13 @@ func parseConfList(path string) (*libcni.NetworkConfigList, error) {
 	if err != nil {
 		return nil, err
 	}
-	return libcni.ConfListFromConf(conf)
+	list, err := json.Marshal(networkList{
+		CNIVersion: conf.Network.CNIVersion, Name: conf.Network.Name, Plugins: []json.RawMessage{data},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return libcni.NetworkConfFromBytes(list)
 }
 
 // Status returns nil when pods can get a network, else the reason why not and what to do.

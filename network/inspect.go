@@ -33,10 +33,14 @@ func inspect(h *netlink.Handle, link netlink.Link, result *types100.Result) (Int
 	if err != nil {
 		return Interface{}, fmt.Errorf("list neighbours: %w", err)
 	}
+	guest, err := guestRoutes(addrs, routes)
+	if err != nil {
+		return Interface{}, err
+	}
 	return Interface{
 		Name: a.Name, MAC: a.HardwareAddr.String(), MTU: a.MTU,
 		Addresses:  guestAddresses(addrs, routes, a.HardwareAddr, result),
-		Routes:     guestRoutes(addrs, routes),
+		Routes:     guest,
 		Neighbours: guestNeighbours(neighs),
 	}, nil
 }
@@ -81,7 +85,7 @@ func guestAddresses(addrs []netlink.Addr, routes []netlink.Route, mac net.Hardwa
 
 // guestRoutes are the routes that the guest does not get with its addresses, those on the link
 // first: the others' gateways may need them.
-func guestRoutes(addrs []netlink.Addr, routes []netlink.Route) []Route {
+func guestRoutes(addrs []netlink.Addr, routes []netlink.Route) ([]Route, error) {
 	var onLink, via []Route
 	for _, r := range routes {
 		if r.Type != unix.RTN_UNICAST || r.Protocol == unix.RTPROT_RA || (isConnected(r) && automatic(r, addrs)) {
@@ -96,7 +100,7 @@ func guestRoutes(addrs []netlink.Addr, routes []netlink.Route) []Route {
 		}
 		gw := r.Gw
 		if gw == nil && r.Via != nil {
-			continue // an IPv4 route through an IPv6 gateway, which the guest can't be told
+			return nil, fmt.Errorf("route to %s through a gateway of another address family (%v): %w", dst, r.Via, errdefs.ErrNotImplemented)
 		}
 		route := Route{Destination: dst.String(), Metric: r.Priority, Scope: int(r.Scope)}
 		if r.Src != nil {
@@ -113,7 +117,7 @@ func guestRoutes(addrs []netlink.Addr, routes []netlink.Route) []Route {
 			onLink = append(onLink, Route{Destination: host(gw).String(), Scope: unix.RT_SCOPE_LINK})
 		}
 	}
-	return append(onLink, via...)
+	return append(onLink, via...), nil
 }
 
 // guestNeighbours are the entries a plugin made by hand.

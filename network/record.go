@@ -144,24 +144,17 @@ func (n *CNI) readRecord(id string) (*libcni.NetworkConfigList, *libcni.RuntimeC
 	}, nil
 }
 
-// known lists the ids of all pods of whose networks anything may exist.
+// known lists the ids of all pods that may have a network. Records alone say so: other runtimes may
+// keep their namespaces beside ours.
 func (n *CNI) known() ([]string, error) {
-	seen := map[string]bool{}
+	entries, err := os.ReadDir(n.recordDir())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list pod networks: %w", err)
+	}
 	var ids []string
-	for _, dir := range []string{n.recordDir(), n.o.NetNSDir} {
-		entries, err := os.ReadDir(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("list pod networks: %w", err)
-		}
-		for _, e := range entries {
-			id := e.Name()
-			if dir == n.recordDir() {
-				id = strings.TrimSuffix(id, ".json")
-			}
-			if !seen[id] && validID(id) == nil {
-				seen[id] = true
-				ids = append(ids, id)
-			}
+	for _, e := range entries {
+		if id, ok := strings.CutSuffix(e.Name(), ".json"); ok && validID(id) == nil {
+			ids = append(ids, id)
 		}
 	}
 	return ids, nil
