@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// settings are what a node has that was set up for Kubernetes (those of the kubelet's
-// --protect-kernel-defaults, and systemd's), and limits that the kernel derives from the memory it
-// boots with, which here is a fraction of what the pod may get.
+// settings keep an idle guest from waking up for housekeeping, are what a node has that was set up
+// for Kubernetes (the kubelet's --protect-kernel-defaults, and systemd's), and lift limits that the
+// kernel derives from the memory it boots with, which here is a fraction of what the pod may get.
 var settings = map[string]string{
 	"kernel/panic":                 "-1",
 	"kernel/panic_on_oops":         "1",
@@ -21,6 +21,8 @@ var settings = map[string]string{
 	"kernel/threads-max":           "1048576",
 	"kernel/keys/root_maxbytes":    "25000000",
 	"kernel/keys/root_maxkeys":     "1000000",
+	"vm/compaction_proactiveness":  "0",
+	"vm/stat_interval":             "10",
 	"vm/overcommit_memory":         "1",
 	"vm/panic_on_oom":              "0",
 	"fs/file-max":                  "9223372036854775807",
