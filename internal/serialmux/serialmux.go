@@ -113,15 +113,19 @@ func greet(r *bufio.Reader, w io.Writer, quiet func()) error {
 	return errors.New("no preamble from the guest")
 }
 
-// disturbance ends a yamux session that reads it: no version of yamux begins a header so. A session
-// that is in the middle of a frame swallows a part of it, at most a window.
+// disturbance makes the guest start over, whatever it is in: no version of yamux begins a header so,
+// and where a nonce is awaited a run of it is taken as a request. A session that is in the middle of
+// a frame swallows a part of it, at most a window.
 var disturbance = bytes.Repeat([]byte{0xff}, 4<<10)
 
-const disturbEvery = 200 * time.Millisecond
+const (
+	disturbEvery = 200 * time.Millisecond
+	// disturbRun is how many bytes of it are no accident.
+	disturbRun = 64
+)
 
-// disturb writes what ends a session that the guest still has with a host that is gone, again and
-// again up to a window's size, until the function that it returns is called, which waits for the
-// last write.
+// disturb writes it, again and again up to a window's size, until the function that it returns is
+// called, which waits for the last write.
 func disturb(conn net.Conn) (quiet func()) {
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -141,6 +145,21 @@ func disturb(conn net.Conn) (quiet func()) {
 		close(stop)
 		<-done
 	})
+}
+
+// Reset makes the guest end a session that is over for the host, waits until it has, and closes the
+// connection: the guest then waits for the next host.
+func Reset(ctx context.Context, conn net.Conn) error {
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	quiet := disturb(conn)
+	_, err := skipTo(bufio.NewReader(conn), magic+string(preamble))
+	conn.Close()
+	quiet()
+	if err != nil {
+		return fmt.Errorf("reset the serial channel: %w", errors.Join(context.Cause(ctx), err))
+	}
+	return nil
 }
 
 // skipTo reads up to the end of the next occurrence of word and returns how many bytes that took.
@@ -215,30 +234,35 @@ type Listener struct {
 	port    uint32
 	open    func() (io.ReadWriteCloser, error)
 	streams chan net.Conn
+	closed  chan struct{} // by Close
+	close   func()
 	done    chan struct{}
-	cancel  context.CancelFunc
-	ctx     context.Context
 	err     error // written before done is closed
 }
 
 // Listen serves one port number over the serial ports that open returns; it is called again
 // whenever the host has gone. Streams to other port numbers are closed.
 func Listen(open func() (io.ReadWriteCloser, error), port uint32) *Listener {
-	ctx, cancel := context.WithCancel(context.Background())
-	l := &Listener{port: port, open: open, streams: make(chan net.Conn), done: make(chan struct{}), ctx: ctx, cancel: cancel}
+	l := &Listener{port: port, open: open, streams: make(chan net.Conn), closed: make(chan struct{}), done: make(chan struct{})}
+	l.close = sync.OnceFunc(func() { close(l.closed) })
 	go l.run()
 	return l
 }
 
 func (l *Listener) run() {
 	defer close(l.done)
-	for l.ctx.Err() == nil {
+	for {
 		if err := l.session(); err != nil {
 			l.err = err
 			return
 		}
+		select {
+		case <-l.closed:
+			l.err = net.ErrClosed
+			return
+		default:
+		}
 	}
-	l.err = net.ErrClosed
 }
 
 // session serves one host. Its error is that of opening the port: nothing more can come.
@@ -248,7 +272,15 @@ func (l *Listener) session() error {
 		return err
 	}
 	defer rw.Close()
-	defer context.AfterFunc(l.ctx, func() { rw.Close() })()
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		select {
+		case <-l.closed:
+			rw.Close()
+		case <-over:
+		}
+	}()
 	r := bufio.NewReader(rw)
 	if err := answer(r, rw); err != nil {
 		return nil
@@ -270,18 +302,51 @@ func (l *Listener) session() error {
 	}
 }
 
-// answer writes the preamble, reads until the host has repeated its nonce, and confirms that.
+// answer writes the preamble, reads until the host has repeated its nonce, and confirms that. It
+// starts over when the host asks for it.
 func answer(r *bufio.Reader, w io.Writer) error {
-	nonce := make([]byte, nonceSize)
-	rand.Read(nonce)
-	if _, err := w.Write(message(preamble, nonce)); err != nil {
-		return err
+	for {
+		nonce := make([]byte, nonceSize)
+		rand.Read(nonce)
+		if _, err := w.Write(message(preamble, nonce)); err != nil {
+			return err
+		}
+		again, err := await(r, nonce)
+		if err != nil {
+			return err
+		}
+		if !again {
+			_, err = w.Write(message(confirm, nonce))
+			return err
+		}
 	}
-	if _, err := skipTo(r, string(nonce)); err != nil {
-		return err
+}
+
+// await reads to the end of the nonce, or to the end of a disturbance: then again is true.
+func await(r *bufio.Reader, nonce []byte) (again bool, err error) {
+	seen, run := make([]byte, nonceSize), 0
+	for range staleMax {
+		b, err := r.ReadByte()
+		if err != nil {
+			return false, err
+		}
+		if b == disturbance[0] {
+			run++
+		} else if run >= disturbRun {
+			return true, r.UnreadByte()
+		} else {
+			run = 0
+		}
+		if run >= disturbRun && r.Buffered() == 0 {
+			return true, nil
+		}
+		copy(seen, seen[1:])
+		seen[nonceSize-1] = b
+		if bytes.Equal(seen, nonce) {
+			return false, nil
+		}
 	}
-	_, err := w.Write(message(confirm, nonce))
-	return err
+	return false, errors.New("no answer from the host")
 }
 
 func message(kind byte, nonce []byte) []byte {
@@ -313,7 +378,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 
 // Close implements net.Listener.
 func (l *Listener) Close() error {
-	l.cancel()
+	l.close()
 	return nil
 }
 

@@ -141,8 +141,8 @@ func TestNextHost(t *testing.T) {
 	}
 }
 
-// The host goes and its successor comes before the guest noticed: the guest is still in the old
-// session, in the middle of a frame.
+// The host goes and its successor comes on the same line before the guest noticed: the guest is still
+// in the old session, in the middle of a frame.
 func TestGuestThatDidNotNotice(t *testing.T) {
 	p := newPort()
 	echo(t, p)
@@ -151,24 +151,34 @@ func TestGuestThatDidNotNotice(t *testing.T) {
 	exchange(t, s, 1000)
 	// A data frame that announces 100,000 bytes on a new stream, and breaks off.
 	conn.Write([]byte{0, 0, 0, 1, 0, 0, 0, 99, 0, 1, 0x86, 0xa0, 1, 2, 3})
-	// The same connection, taken over without an end of file in between.
 	quiet := disturb(conn)
 	defer quiet()
-	l, err := p.open2(t, conn, quiet)
-	if err != nil {
-		t.Fatal(err)
-	}
-	exchange(t, l, 1000)
+	next := p.connect(t) // is taken only when the guest has given up the session
+	exchange(t, session(t, next, true), 1000)
 }
 
-// open2 is the successor's Dial over a connection that the guest has not seen end; the guest opens
-// its port anew after it has ended the session, which here is the next connection.
-func (p *port) open2(t *testing.T, old net.Conn, quiet func()) (*Session, error) {
-	t.Helper()
-	next := p.connect(t) // taken once the guest has given up the old one
-	quiet()
-	old.Close()
-	return Dial(limit(t), next, true)
+// A host that asks anew where the guest awaits a nonce is answered on the same line.
+func TestGuestThatAwaitsANonce(t *testing.T) {
+	p := newPort()
+	echo(t, p)
+	conn := p.connect(t)
+	if _, err := skipTo(bufio.NewReader(conn), magic+string(preamble)); err != nil {
+		t.Fatal(err)
+	}
+	exchange(t, session(t, conn, true), 1000)
+}
+
+func TestReset(t *testing.T) {
+	p := newPort()
+	echo(t, p)
+	for range 3 {
+		s := session(t, p.connect(t), false)
+		exchange(t, s, 10)
+		s.Close()
+		if err := Reset(limit(t), p.connect(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func TestStaleBytesAreSkipped(t *testing.T) {

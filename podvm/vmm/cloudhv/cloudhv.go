@@ -4,7 +4,6 @@ package cloudhv
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,7 +16,6 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/caisson-vm/caisson/internal/atomicfile"
 	"github.com/caisson-vm/caisson/internal/undo"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
@@ -87,11 +85,11 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	var u undo.Stack
 	defer u.Run()
 	u.Push("remove VMM files", func(context.Context) error { return removeFiles(c.Dir) })
-	l, err := openLogs(c.Dir)
+	l, err := tail.OpenPair(c.Dir)
 	if err != nil {
 		return nil, err
 	}
-	u.Push("close logs", func(context.Context) error { return l.close() })
+	u.Push("close logs", func(context.Context) error { return l.Close() })
 	p, err := d.start(c, l)
 	if err != nil {
 		return nil, err
@@ -111,13 +109,13 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 }
 
 // start runs the process. Its API socket listens before it does, so that nobody waits for it.
-func (d *Driver) start(c vmm.Config, l logs) (*process.Process, error) {
+func (d *Driver) start(c vmm.Config, l tail.Pair) (*process.Process, error) {
 	socket, err := listen(apiPath(c.Dir))
 	if err != nil {
 		return nil, err
 	}
 	defer socket.Close()
-	log, err := l.vmm.Writer()
+	log, err := l.VMM.Writer()
 	if err != nil {
 		return nil, fmt.Errorf("launch %s: %w", Name, err)
 	}
@@ -132,11 +130,7 @@ func (d *Driver) start(c vmm.Config, l logs) (*process.Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	data, err := json.Marshal(p.Identity())
-	if err == nil {
-		err = atomicfile.Write(processPath(c.Dir), data, 0o600)
-	}
-	if err != nil {
+	if err := p.Save(processPath(c.Dir)); err != nil {
 		return nil, errors.Join(err, p.Kill(context.Background()))
 	}
 	return p, nil
@@ -155,37 +149,26 @@ func listen(path string) (*os.File, error) {
 
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
-	var id process.Identity
-	data, err := os.ReadFile(processPath(c.Dir))
+	p, err := process.Load(processPath(c.Dir))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("attach %s: %w", c.ID, vmm.ErrGone)
-	}
-	if err == nil {
-		err = json.Unmarshal(data, &id)
+		return nil, fmt.Errorf("attach %s: %w%s", c.ID, vmm.ErrGone, tail.LastWords(c.Dir))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", c.ID, err)
 	}
-	p, err := process.Find(id)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("attach %s: %w%s", c.ID, vmm.ErrGone, lastWords(c.Dir))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("attach %s: %w", c.ID, err)
-	}
-	l, err := openLogs(c.Dir)
+	l, err := tail.OpenPair(c.Dir)
 	if err != nil {
 		return nil, err
 	}
 	v, err := newVM(d, c, p, l)
 	if err != nil {
-		return nil, errors.Join(err, l.close())
+		return nil, errors.Join(err, l.Close())
 	}
 	close(v.ready)
 	if err := v.refresh(ctx); err != nil {
 		err = v.explain(err)
 		v.forget()
-		return nil, errors.Join(err, l.close())
+		return nil, errors.Join(err, l.Close())
 	}
 	go v.watch()
 	return v, nil
@@ -195,5 +178,5 @@ func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 func removeFiles(dir string) error {
 	return errors.Join(os.RemoveAll(apiPath(dir)), os.RemoveAll(vsockPath(dir)), os.RemoveAll(readyPath(dir)),
 		os.RemoveAll(eventsPath(dir)), os.RemoveAll(processPath(dir)), os.RemoveAll(filepath.Join(dir, "restore")),
-		os.RemoveAll(tail.PipePath(consolePath(dir))), os.RemoveAll(tail.PipePath(logPath(dir))))
+		os.RemoveAll(tail.PipePath(tail.ConsolePath(dir))), os.RemoveAll(tail.PipePath(tail.VMMPath(dir))))
 }

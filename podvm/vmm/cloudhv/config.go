@@ -108,7 +108,7 @@ func bootConfig(c vmm.Config) vmConfig {
 		}}},
 		Payload: payloadConfig{c.Kernel, c.Initrd, "console=ttyS0 " + c.Cmdline},
 		Balloon: balloonConfig{DeflateOnOOM: true, FreePageReporting: true},
-		Serial:  consoleConfig{"File", tail.PipePath(consolePath(c.Dir))},
+		Serial:  consoleConfig{"File", tail.PipePath(tail.ConsolePath(c.Dir))},
 		Console: consoleConfig{Mode: "Off"},
 		Vsock:   vsockConfig{guestCID, vsockPath(c.Dir)},
 		PVPanic: true,
@@ -169,15 +169,13 @@ func cloneConfig(data []byte, c vmm.Config) ([]byte, error) {
 	first["file"] = filepath.Join(c.Template, filepath.Base(file))
 	first["shared"] = false
 	vsock["socket"] = vsockPath(c.Dir)
-	serial["file"] = tail.PipePath(consolePath(c.Dir))
+	serial["file"] = tail.PipePath(tail.ConsolePath(c.Dir))
 	return json.Marshal(snapshot)
 }
 
 func apiPath(dir string) string     { return filepath.Join(dir, "api.sock") }
 func vsockPath(dir string) string   { return filepath.Join(dir, "vsock.sock") }
-func consolePath(dir string) string { return filepath.Join(dir, "console.log") }
 func eventsPath(dir string) string  { return filepath.Join(dir, "events.json") }
-func logPath(dir string) string     { return filepath.Join(dir, "vmm.log") }
 func processPath(dir string) string { return filepath.Join(dir, "process.json") }
 
 // readyPath is where Cloud Hypervisor connects when the guest dials the host's port readyPort.

@@ -9,14 +9,17 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
+	"time"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
+	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
 
 type vm struct {
 	config vmm.Config
-	logs   logs
+	logs   tail.Pair
 	api    *api
 	proc   *process.Process
 	driver *Driver
@@ -34,7 +37,7 @@ type vm struct {
 	cause   error                    // why it is about to be killed
 }
 
-func newVM(d *Driver, c vmm.Config, p *process.Process, l logs) (*vm, error) {
+func newVM(d *Driver, c vmm.Config, p *process.Process, l tail.Pair) (*vm, error) {
 	grown, err := d.watcher.add(eventsPath(c.Dir))
 	if err != nil {
 		return nil, err
@@ -249,7 +252,7 @@ func (v *vm) readEvents() error {
 func (v *vm) end() {
 	v.forget()
 	words := v.logs.String()
-	v.logs.close()
+	v.logs.Close()
 	err := removeFiles(v.config.Dir)
 	v.mu.Lock()
 	cause := v.cause
@@ -272,8 +275,17 @@ func (v *vm) forget() {
 
 func (v *vm) goneError() error { return fmt.Errorf("%w: %w", vmm.ErrGone, v.Info().Err) }
 
+// endDelay is how long after its connections a VMM's process may take to end.
+const endDelay = 2 * time.Second
+
 // explain adds to an error that the VMM has ended, and what it last said, where that is why.
 func (v *vm) explain(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+		select {
+		case <-v.proc.Done():
+		case <-time.After(endDelay):
+		}
+	}
 	select {
 	case <-v.proc.Done():
 		return fmt.Errorf("%w: %w%s", vmm.ErrGone, err, v.logs)

@@ -5,6 +5,7 @@ package process
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,6 +17,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/internal/atomicfile"
 )
 
 // Spec says what to start.
@@ -106,6 +109,29 @@ var closeOnExec = sync.OnceValue(func() error {
 	}
 	return nil
 })
+
+// Save writes the identity to a file.
+func (p *Process) Save(path string) error {
+	data, err := json.Marshal(p.identity)
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(path, data, 0o600)
+}
+
+// Load finds the process whose identity was saved. The error wraps fs.ErrNotExist if it, or the
+// file, is gone.
+func Load(path string) (*Process, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var id Identity
+	if err := json.Unmarshal(data, &id); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return Find(id)
+}
 
 func open(pid int) (*Process, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)

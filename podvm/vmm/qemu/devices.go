@@ -1,0 +1,161 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// Device ids begin with what the device is; the block node behind a disk has the id of the disk
+// and this ending.
+const (
+	diskID  = "disk-"
+	nicID   = "nic-"
+	cpuID   = "cpu-"
+	backing = "-file"
+)
+
+// args of a command.
+type object map[string]any
+
+// AddDisk implements vmm.VM.
+func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
+	if err := vmm.CheckSerial(d.Serial); err != nil {
+		return "", err
+	}
+	if !v.claim(d.Serial) {
+		return "", fmt.Errorf("add disk %s: %w", d.Serial, errdefs.ErrAlreadyExists)
+	}
+	if err := v.addDisk(ctx, d); err != nil {
+		v.release(d.Serial)
+		return "", fmt.Errorf("add disk %s: %w", d.Serial, v.explain(err))
+	}
+	return "serial:" + d.Serial, nil
+}
+
+func (v *vm) addDisk(ctx context.Context, d vmm.Disk) error {
+	id := diskID + d.Serial
+	file := object{"driver": "file", "filename": d.Path, "discard": "unmap"}
+	if strings.HasPrefix(d.Path, "/dev/") {
+		file["driver"] = "host_device"
+	}
+	if err := v.execute(ctx, "blockdev-add", object{
+		"driver": "raw", "node-name": id + backing, "read-only": d.ReadOnly, "discard": "unmap", "file": file,
+	}, nil); err != nil {
+		return err
+	}
+	err := v.execute(ctx, "device_add", object{"driver": "virtio-blk-pci", "id": id, "drive": id + backing, "serial": d.Serial}, nil)
+	if err != nil {
+		err = errors.Join(err, v.execute(context.WithoutCancel(ctx), "blockdev-del", object{"node-name": id + backing}, nil))
+	}
+	return err
+}
+
+// claim notes a disk, unless its serial is in use.
+func (v *vm) claim(serial string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, ok := v.disks[serial]; ok {
+		return false
+	}
+	v.disks[serial] = true
+	return true
+}
+
+func (v *vm) release(serial string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	delete(v.disks, serial)
+}
+
+// RemoveDisk implements vmm.VM. The guest acknowledges the removal, then the file is closed.
+func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
+	v.mu.Lock()
+	_, ok := v.disks[serial]
+	v.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("remove disk %s: %w", serial, errdefs.ErrNotFound)
+	}
+	id := diskID + serial
+	err := v.unplug(ctx, id)
+	if err == nil {
+		err = v.execute(ctx, "blockdev-del", object{"node-name": id + backing}, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("remove disk %s: %w", serial, v.explain(err))
+	}
+	v.release(serial)
+	return nil
+}
+
+// unplug asks the guest to let a device go and waits until it is gone. A guest that is just
+// finding the device may miss the question, so it is asked again.
+func (v *vm) unplug(ctx context.Context, id string) error {
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	gone := make(chan struct{})
+	v.mu.Lock()
+	v.removed[id] = gone
+	v.mu.Unlock()
+	const again = 5 * time.Second
+	for {
+		err := v.control.execute(ctx, "device_del", object{"id": id}, nil)
+		if errors.Is(err, errdefs.ErrNotFound) {
+			return nil // it went before the second question
+		}
+		if err != nil && !strings.Contains(err.Error(), "unplug") { // "already in the process of unplug"
+			return err
+		}
+		select {
+		case <-gone:
+			return nil
+		case <-time.After(again):
+		case <-ctx.Done():
+			return fmt.Errorf("the guest has not let go of it: %w", context.Cause(ctx))
+		}
+	}
+}
+
+func (v *vm) deleted(id string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if gone, ok := v.removed[id]; ok {
+		close(gone)
+		delete(v.removed, id)
+	}
+}
+
+// AddNIC implements vmm.VM. The descriptor travels beside the command.
+func (v *vm) AddNIC(ctx context.Context, n vmm.NIC) error {
+	ctx, cancel := v.untilEnd(ctx)
+	defer cancel()
+	if err := v.addNIC(ctx, n); err != nil {
+		return fmt.Errorf("add network card %s: %w", n.MAC, v.explain(err))
+	}
+	return nil
+}
+
+func (v *vm) addNIC(ctx context.Context, n vmm.NIC) error {
+	id := nicID + strings.ReplaceAll(n.MAC.String(), ":", "")
+	if err := v.control.executeWith(ctx, "getfd", object{"fdname": id}, nil, n.Tap); err != nil {
+		return err
+	}
+	if err := v.control.execute(ctx, "netdev_add", object{"type": "tap", "id": id + backing, "fd": id, "vhost": false}, nil); err != nil {
+		return errors.Join(err, v.control.execute(context.WithoutCancel(ctx), "closefd", object{"fdname": id}, nil))
+	}
+	device := object{"driver": "virtio-net-pci", "id": id, "netdev": id + backing, "mac": n.MAC.String(), "romfile": ""}
+	if n.MTU > 0 {
+		device["host_mtu"] = n.MTU
+	}
+	err := v.control.execute(ctx, "device_add", device, nil)
+	if err != nil {
+		err = errors.Join(err, v.control.execute(context.WithoutCancel(ctx), "netdev_del", object{"id": id + backing}, nil))
+	}
+	return err
+}

@@ -1,0 +1,212 @@
+// Package qemu runs VMs with QEMU: QMP for control, one virtio-serial port that carries all
+// streams, virtio-mem, and migration to a file for templates. With KVM where that truly works, by
+// emulation elsewhere, so that the real thing runs on any machine.
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/internal/undo"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
+	"github.com/caisson-vm/caisson/podvm/vmm/tail"
+)
+
+// Name is the driver's name.
+const Name = "qemu"
+
+// Accel is how QEMU runs the guest's instructions.
+type Accel string
+
+// The accelerators.
+const (
+	KVM Accel = "kvm"
+	TCG Accel = "tcg" // emulation
+)
+
+// Driver starts VMs with one QEMU binary.
+type Driver struct {
+	binary, version string
+	accel           Accel
+}
+
+// New looks the binary up (in PATH, when it is a name). The error is errdefs.ErrNotFound when there
+// is none.
+func New(ctx context.Context, binary string, accel Accel) (*Driver, error) {
+	path, err := exec.LookPath(binary)
+	if err != nil {
+		return nil, fmt.Errorf("qemu: no %q; install Debian's qemu-system-x86, or name the binary in the key vm.qemu: %w", binary, errdefs.ErrNotFound)
+	}
+	out, err := exec.CommandContext(ctx, path, "--version").CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("%s --version: %w: %s", path, err, out)
+	}
+	match := versionPattern.FindString(string(out))
+	if match == "" {
+		return nil, fmt.Errorf("%s --version: %q has no version: %w", path, out, errdefs.ErrFailedPrecondition)
+	}
+	return &Driver{binary: path, version: match, accel: accel}, nil
+}
+
+var versionPattern = regexp.MustCompile(`\d+\.\d+\.\d+.*`)
+
+// Name implements vmm.Driver.
+func (d *Driver) Name() string { return Name }
+
+// Version is QEMU's and the accelerator, which a template depends on.
+func (d *Driver) Version() string { return d.version + " " + string(d.accel) }
+
+// Launch implements vmm.Driver.
+func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
+	var u undo.Stack
+	defer u.Run()
+	u.Push("remove VMM files", func(context.Context) error { return removeFiles(c.Dir) })
+	l, err := tail.OpenPair(c.Dir)
+	if err != nil {
+		return nil, err
+	}
+	u.Push("close logs", func(context.Context) error { return l.Close() })
+	shape, err := d.shape(c)
+	if err != nil {
+		return nil, err
+	}
+	p, err := d.start(c, shape, l)
+	if err != nil {
+		return nil, err
+	}
+	u.Push("kill VMM", p.Kill)
+	v := newVM(c, shape, p, l)
+	if err := v.connect(ctx); err != nil {
+		return nil, v.explain(err)
+	}
+	if c.Template != "" {
+		if err := v.restore(ctx); err != nil {
+			return nil, v.explain(err)
+		}
+	}
+	u.Release()
+	go v.watch()
+	return v, nil
+}
+
+// start runs the process. Its sockets listen before it does, so that nobody waits for them.
+func (d *Driver) start(c vmm.Config, s shape, l tail.Pair) (*process.Process, error) {
+	control, err := listen(qmpPath(c.Dir))
+	if err != nil {
+		return nil, err
+	}
+	defer control.Close()
+	channel, err := listen(channelPath(c.Dir))
+	if err != nil {
+		return nil, err
+	}
+	defer channel.Close()
+	log, err := l.VMM.Writer()
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	p, err := process.Start(process.Spec{
+		Path: d.binary, Dir: c.Dir, Log: log, Files: []*os.File{control, channel}, Cgroup: c.Cgroup,
+		Args: s.args(c),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Save(processPath(c.Dir)); err != nil {
+		return nil, errors.Join(err, p.Kill(context.WithoutCancel(context.Background())))
+	}
+	return p, nil
+}
+
+// listen makes a unix socket whose name stays when the listener is closed.
+func listen(path string) (*os.File, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	defer l.Close()
+	l.SetUnlinkOnClose(false)
+	return l.File()
+}
+
+// Attach implements vmm.Driver.
+func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
+	p, err := process.Load(processPath(c.Dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("attach %s: %w%s", c.ID, vmm.ErrGone, tail.LastWords(c.Dir))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", c.ID, err)
+	}
+	l, err := tail.OpenPair(c.Dir)
+	if err != nil {
+		return nil, err
+	}
+	shape, err := d.shape(c)
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	v := newVM(c, shape, p, l)
+	v.again = true
+	if err := v.connect(ctx); err != nil {
+		return nil, errors.Join(v.explain(err), l.Close())
+	}
+	if err := v.refresh(ctx); err != nil {
+		v.control.close()
+		return nil, errors.Join(v.explain(err), l.Close())
+	}
+	go v.watch()
+	return v, nil
+}
+
+// shape is what of a VM must be the same in a template and its clones.
+type shape struct {
+	Accel  Accel    `json:"accel"`
+	Size   vmm.Size `json:"size"`
+	Max    vmm.Size `json:"max"`
+	Memory string   `json:"memory"` // name of the template's memory file
+}
+
+const shapeName = "qemu.json"
+
+// shape of a clone is read from its template.
+func (d *Driver) shape(c vmm.Config) (shape, error) {
+	if c.Template == "" {
+		return shape{Accel: d.accel, Size: c.Size, Max: c.Max, Memory: filepath.Base(c.MemoryFile)}, nil
+	}
+	var s shape
+	data, err := os.ReadFile(filepath.Join(c.Template, shapeName))
+	if err == nil {
+		err = json.Unmarshal(data, &s)
+	}
+	if err == nil && (s.Memory == "" || strings.Contains(s.Memory, "/")) {
+		err = fmt.Errorf("memory file %q", s.Memory)
+	}
+	if err != nil {
+		return s, fmt.Errorf("clone of %s: %w", c.Template, err)
+	}
+	return s, nil
+}
+
+// removeFiles removes what the driver made in the VM's folder, but for its logs.
+func removeFiles(dir string) error {
+	return errors.Join(os.RemoveAll(qmpPath(dir)), os.RemoveAll(channelPath(dir)), os.RemoveAll(processPath(dir)),
+		os.RemoveAll(tail.PipePath(tail.ConsolePath(dir))), os.RemoveAll(tail.PipePath(tail.VMMPath(dir))))
+}
+
+func qmpPath(dir string) string     { return filepath.Join(dir, "qmp.sock") }
+func channelPath(dir string) string { return filepath.Join(dir, "agent.sock") }
+func processPath(dir string) string { return filepath.Join(dir, "process.json") }
