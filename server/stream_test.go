@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/net/websocket"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -329,6 +330,11 @@ func TestExecSync(t *testing.T) {
 	}
 	_, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: container, Cmd: []string{"sh"}})
 	wantCode(t, err, codes.Unknown)
+	d.pods.containers[0].exec = func(context.Context, podvm.ExecConfig, agent.IO) (int32, error) {
+		return 0, fmt.Errorf("exec: no such command: %w", errdefs.ErrNotFound)
+	}
+	_, err = c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: container, Cmd: []string{"nope"}})
+	wantCode(t, err, codes.InvalidArgument)
 }
 
 // TestExecSyncTimeout: by DeadlineExceeded the kubelet knows that a probe timed out.
