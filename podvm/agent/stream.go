@@ -77,8 +77,8 @@ const (
 	FrameStdout FrameType = 2
 	FrameStderr FrameType = 3
 	FrameResize FrameType = 4 // two big endian uint16: columns, rows
-	FrameExit   FrameType = 5 // int32, big endian: the exit code; the last frame of an exec
-	FrameOutput FrameType = 6 // a Record, see AppendRecord
+	FrameExit   FrameType = 5 // int32, big endian: the exit code; the last frame of an exec or attach
+	FrameOutput FrameType = 6 // a Record, see AppendRecord; empty: the container has ended, that was all
 )
 
 // WriteMessage writes a Header or Reply in its framed form.

@@ -1,0 +1,153 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+)
+
+// agentPort is vmm.AgentPort.
+const agentPort = 1024
+
+// Dialer opens byte streams to the agent of one VM, as vmm.VM does.
+type Dialer interface {
+	Dial(ctx context.Context, port uint32) (net.Conn, error)
+}
+
+// Client talks to the agent of one VM. It dials when it is first used, and again when its stream of
+// RPCs broke. Errors are of errdefs kinds; ErrUnavailable where the stream itself failed. What
+// comes from the guest is bounded and checked. Its methods may be called concurrently.
+type Client struct {
+	dialer Dialer
+	// turn holds one token: who has it may dial for the RPCs.
+	turn chan struct{}
+
+	mu     sync.Mutex
+	rpc    *ttrpc.Client
+	closed bool
+}
+
+// NewClient returns a client that dials with d.
+func NewClient(d Dialer) *Client {
+	c := &Client{dialer: d, turn: make(chan struct{}, 1)}
+	c.turn <- struct{}{}
+	return c
+}
+
+// RPC returns the agent's service. It dials if there is no stream for it, or if it broke. What it
+// returns serves for several calls, until one fails with ErrUnavailable.
+func (c *Client) RPC(ctx context.Context) (AgentClient, error) {
+	t, err := c.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return rpc{NewAgentClient(t), c}, nil
+}
+
+func (c *Client) connect(ctx context.Context) (*ttrpc.Client, error) {
+	select {
+	case <-c.turn:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	defer func() { c.turn <- struct{}{} }()
+	if t, err := c.current(); t != nil || err != nil {
+		return t, err
+	}
+	t, err := c.dialRPC(ctx, c.drop)
+	if err != nil {
+		return nil, err
+	}
+	return t, c.keep(t)
+}
+
+func (c *Client) current() (*ttrpc.Client, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, fmt.Errorf("the client of the agent is closed: %w", errdefs.ErrUnavailable)
+	}
+	return c.rpc, nil
+}
+
+func (c *Client) keep(t *ttrpc.Client) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		t.Close()
+		return fmt.Errorf("the client of the agent is closed: %w", errdefs.ErrUnavailable)
+	}
+	c.rpc = t
+	return nil
+}
+
+// drop forgets a broken stream.
+func (c *Client) drop(t *ttrpc.Client) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.rpc == t {
+		c.rpc = nil
+	}
+}
+
+// dialRPC opens a stream for RPCs; broken, if not nil, is called when it ends.
+func (c *Client) dialRPC(ctx context.Context, broken func(*ttrpc.Client)) (*ttrpc.Client, error) {
+	conn, err := c.open(ctx, Header{Kind: KindRPC})
+	if err != nil {
+		return nil, err
+	}
+	made := make(chan *ttrpc.Client, 1)
+	t := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(intercept), ttrpc.WithOnClose(func() {
+		if broken != nil {
+			broken(<-made)
+		}
+	}))
+	made <- t
+	return t, nil
+}
+
+// Close ends the RPCs' stream. Other streams go on until they are closed themselves.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	t := c.rpc
+	c.rpc, c.closed = nil, true
+	c.mu.Unlock()
+	if t == nil {
+		return nil
+	}
+	return t.Close()
+}
+
+// open dials a stream, sends its header and awaits the agent's reply.
+func (c *Client) open(ctx context.Context, h Header) (net.Conn, error) {
+	conn, err := c.dialer.Dial(ctx, agentPort)
+	if err != nil {
+		return nil, fmt.Errorf("dial the agent: %w", err)
+	}
+	if err := handshake(ctx, conn, h); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+func handshake(ctx context.Context, conn net.Conn, h Header) error {
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	var r Reply
+	err := WriteMessage(conn, h)
+	if err == nil {
+		err = ReadMessage(conn, &r)
+	}
+	if !stop() {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("open a stream to the agent: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	return r.Err()
+}
