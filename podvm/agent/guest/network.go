@@ -1,0 +1,204 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// network configures the cards of a request, waiting for each to be plugged in.
+func network(ctx context.Context, req *agent.NetworkRequest) error {
+	ctx, cancel := context.WithTimeout(ctx, deviceWait)
+	defer cancel()
+	for _, i := range req.Interfaces {
+		if err := setInterface(ctx, i); err != nil {
+			return fmt.Errorf("network card %s (%s): %w", i.Name, i.Mac, err)
+		}
+	}
+	return nil
+}
+
+func setInterface(ctx context.Context, i *agent.Interface) error {
+	mac, err := net.ParseMAC(i.Mac)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	link, err := awaitLink(ctx, mac)
+	if err != nil {
+		return err
+	}
+	if link, err = rename(link, i.Name); err != nil {
+		return err
+	}
+	// The pod's addresses and routes are those given: none by router advertisements.
+	for _, name := range []string{"accept_ra", "accept_dad"} {
+		if err := sysctl("net/ipv6/conf/"+i.Name+"/"+name, "0"); err != nil && !errdefs.IsInvalidArgument(err) {
+			return err
+		}
+	}
+	if i.Mtu != 0 {
+		if err := netlink.LinkSetMTU(link, int(i.Mtu)); err != nil {
+			return fmt.Errorf("set MTU %d: %w", i.Mtu, err)
+		}
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring up: %w", err)
+	}
+	for _, address := range i.Addresses {
+		if err := addAddress(link, address); err != nil {
+			return err
+		}
+	}
+	for _, r := range i.Routes {
+		if err := addRoute(link, r); err != nil {
+			return err
+		}
+	}
+	for _, n := range i.Neighbours {
+		if err := addNeighbour(link, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// awaitLink finds the card by its address, waiting by the kernel's events for it to appear.
+func awaitLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) {
+	done := make(chan struct{})
+	defer close(done)
+	updates := make(chan netlink.LinkUpdate, 64)
+	failed := make(chan error, 1)
+	err := netlink.LinkSubscribeWithOptions(updates, done, netlink.LinkSubscribeOptions{
+		ErrorCallback: func(err error) {
+			select {
+			case failed <- err:
+			default:
+			}
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("watch network cards: %w", err)
+	}
+	for {
+		links, err := netlink.LinkList()
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return nil, fmt.Errorf("list network cards: %w", err)
+		}
+		for _, link := range links {
+			if bytes.Equal(link.Attrs().HardwareAddr, mac) {
+				return link, nil
+			}
+		}
+		select {
+		case <-updates:
+		case err := <-failed:
+			return nil, fmt.Errorf("watch network cards: %w", err)
+		case <-ctx.Done():
+			return nil, fmt.Errorf("no card with this address appeared in the guest: %w", errdefs.ErrNotFound)
+		}
+	}
+}
+
+func rename(link netlink.Link, name string) (netlink.Link, error) {
+	if link.Attrs().Name == name {
+		return link, nil
+	}
+	if err := netlink.LinkSetDown(link); err != nil {
+		return nil, fmt.Errorf("bring down: %w", err)
+	}
+	if err := netlink.LinkSetName(link, name); err != nil {
+		return nil, fmt.Errorf("rename %s: %w", link.Attrs().Name, err)
+	}
+	return netlink.LinkByIndex(link.Attrs().Index)
+}
+
+func addAddress(link netlink.Link, address string) error {
+	ip, ipNet, err := net.ParseCIDR(address)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	addr := &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: ipNet.Mask}}
+	if ip.To4() == nil {
+		// CNI made sure that the address is the pod's own.
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	if err := netlink.AddrReplace(link, addr); err != nil {
+		return fmt.Errorf("add address %s: %w", address, err)
+	}
+	return nil
+}
+
+func addRoute(link netlink.Link, r *agent.Route) error {
+	_, dst, err := net.ParseCIDR(r.Destination)
+	if err != nil {
+		return fmt.Errorf("route: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: dst, Priority: int(r.Metric), Scope: netlink.Scope(r.Scope)}
+	if route.Gw, err = optionalIP(r.Gateway); err != nil {
+		return err
+	}
+	if route.Src, err = optionalIP(r.Source); err != nil {
+		return err
+	}
+	if err := netlink.RouteReplace(route); err != nil {
+		return fmt.Errorf("add route to %s by %q: %w", r.Destination, r.Gateway, err)
+	}
+	return nil
+}
+
+func optionalIP(s string) (net.IP, error) {
+	if s == "" {
+		return nil, nil
+	}
+	if ip := net.ParseIP(s); ip != nil {
+		return ip, nil
+	}
+	return nil, fmt.Errorf("%q is no IP address: %w", s, errdefs.ErrInvalidArgument)
+}
+
+func addNeighbour(link netlink.Link, n *agent.Neighbour) error {
+	ip, err := optionalIP(n.Address)
+	if err != nil {
+		return err
+	}
+	mac, err := net.ParseMAC(n.Mac)
+	if err != nil {
+		return fmt.Errorf("neighbour: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	neigh := &netlink.Neigh{LinkIndex: link.Attrs().Index, IP: ip, HardwareAddr: mac, State: netlink.NUD_PERMANENT}
+	if err := netlink.NeighSet(neigh); err != nil {
+		return fmt.Errorf("add neighbour %s: %w", n.Address, err)
+	}
+	return nil
+}
+
+// portForwardDial bounds a connection attempt within the guest.
+const portForwardDial = 5 * time.Second
+
+// dialLoopback connects to a port of 127.0.0.1, or else of ::1.
+func dialLoopback(ctx context.Context, port uint16) (*net.TCPConn, error) {
+	d := net.Dialer{Timeout: portForwardDial}
+	var first error
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(host, fmt.Sprint(port)))
+		if err == nil {
+			return c.(*net.TCPConn), nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	if errors.Is(first, os.ErrDeadlineExceeded) {
+		return nil, fmt.Errorf("port %d does not answer in the pod: %w", port, errdefs.ErrUnavailable)
+	}
+	return nil, fmt.Errorf("nothing listens on port %d in the pod: %w: %w", port, first, errdefs.ErrFailedPrecondition)
+}

@@ -1,0 +1,207 @@
+package guest
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// shmSize is the size of a pod's /dev/shm where none is given, in bytes.
+const shmSize = 64 << 20
+
+// setup makes this guest the pod's. The clock and the entropy come first: nothing of the pod may
+// see those of the template.
+func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.SetupResponse, error) {
+	if done, err := a.begun(req.PodId); done != nil || err != nil {
+		return done, err
+	}
+	if req.ClockNs != 0 {
+		ts := unix.NsecToTimespec(req.ClockNs)
+		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+			return nil, fmt.Errorf("set the clock: %w", err)
+		}
+	}
+	if err := credit(req.Entropy); err != nil {
+		return nil, fmt.Errorf("feed the kernel's random pool: %w", err)
+	}
+	bootID, err := a.identity(req)
+	if err != nil {
+		return nil, err
+	}
+	for name, value := range req.Sysctls {
+		if err := sysctl(name, value); err != nil {
+			return nil, err
+		}
+	}
+	if err := a.mountShm(req.ShmSize); err != nil {
+		return nil, err
+	}
+	if !a.o.NoCgroups {
+		if err := makePodCgroup(); err != nil {
+			return nil, err
+		}
+	}
+	scratch := a.o.Root
+	if req.ScratchAddr != "" {
+		if scratch, err = a.mountScratch(ctx, req.ScratchAddr); err != nil {
+			return nil, err
+		}
+	}
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return nil, fmt.Errorf("uname: %w", err)
+	}
+	resp := &agent.SetupResponse{Kernel: unix.ByteSliceToString(u.Release[:]), Agent: a.o.Version, BootId: bootID}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.setup, a.podID, a.scratch = resp, req.PodId, scratch
+	return resp, nil
+}
+
+// begun returns the answer to a Setup that is repeated.
+func (a *Agent) begun(pod string) (*agent.SetupResponse, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.setup != nil && a.podID != pod {
+		return nil, fmt.Errorf("this guest is already that of pod %s: %w", a.podID, errdefs.ErrFailedPrecondition)
+	}
+	return a.setup, nil
+}
+
+// credit mixes entropy into the kernel's pool, counts it, and makes the kernel use it at once.
+// Source: random(4).
+func credit(entropy []byte) error {
+	if len(entropy) == 0 {
+		return nil
+	}
+	f, err := os.OpenFile("/dev/urandom", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	// struct rand_pool_info: the count in bits, the size in bytes, the bytes.
+	info := binary.NativeEndian.AppendUint32(nil, uint32(len(entropy)*8))
+	info = binary.NativeEndian.AppendUint32(info, uint32(len(entropy)))
+	info = append(info, entropy...)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
+		return errno
+	}
+	return unix.IoctlSetInt(int(f.Fd()), unix.RNDRESEEDCRNG, 0)
+}
+
+// identity sets names and writes the files that containers see them by; it returns the boot id.
+func (a *Agent) identity(req *agent.SetupRequest) (bootID string, err error) {
+	if req.Hostname != "" {
+		if err := unix.Sethostname([]byte(req.Hostname)); err != nil {
+			return "", fmt.Errorf("set the host name %q: %w", req.Hostname, err)
+		}
+	}
+	bootID = newBootID()
+	for name, content := range map[string]string{
+		"hostname": req.Hostname + "\n", "resolv.conf": resolvConf(req.Dns), "boot_id": bootID + "\n",
+		"machine-id": req.MachineId + "\n",
+	} {
+		if err := os.WriteFile(a.path(name), []byte(content), 0o644); err != nil {
+			return "", err
+		}
+	}
+	return bootID, nil
+}
+
+// newBootID is a random UUID in the form of the kernel's.
+func newBootID() string {
+	var b [16]byte
+	rand.Read(b[:])
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+func resolvConf(dns *agent.DNS) string {
+	var b strings.Builder
+	for _, server := range dns.GetServers() {
+		fmt.Fprintf(&b, "nameserver %s\n", server)
+	}
+	if s := dns.GetSearches(); len(s) > 0 {
+		fmt.Fprintf(&b, "search %s\n", strings.Join(s, " "))
+	}
+	if o := dns.GetOptions(); len(o) > 0 {
+		fmt.Fprintf(&b, "options %s\n", strings.Join(o, " "))
+	}
+	return b.String()
+}
+
+// sysctl sets a kernel parameter by its name: dots for slashes, as sysctl(8), or slashes.
+func sysctl(name, value string) error {
+	file := name
+	if !strings.Contains(name, "/") {
+		file = strings.ReplaceAll(name, ".", "/")
+	}
+	if file = path.Join("/proc/sys", file); !strings.HasPrefix(file, "/proc/sys/") {
+		return fmt.Errorf("sysctl %q: not the name of one: %w", name, errdefs.ErrInvalidArgument)
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("sysctl %q: the guest's kernel has none of that name: %w", name, errdefs.ErrInvalidArgument)
+	} else if err != nil {
+		return fmt.Errorf("sysctl %q: %w", name, err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(value); err != nil {
+		return fmt.Errorf("sysctl %s=%q: %w: %w", name, value, err, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// mountShm makes the /dev/shm that all containers share.
+func (a *Agent) mountShm(size int64) error {
+	if size <= 0 {
+		size = shmSize
+	}
+	dir := a.path("shm")
+	if err := os.MkdirAll(dir, 0o1777); err != nil {
+		return err
+	}
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
+	if err := unix.Mount("shm", dir, "tmpfs", flags, fmt.Sprintf("mode=1777,size=%d", size)); err != nil {
+		return fmt.Errorf("mount the pod's /dev/shm: %w", err)
+	}
+	return nil
+}
+
+// mountScratch mounts the disk for writable layers and emptyDirs, and returns where.
+func (a *Agent) mountScratch(ctx context.Context, addr string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, deviceWait)
+	defer cancel()
+	dev, err := findDevice(ctx, addr)
+	if err != nil {
+		return "", fmt.Errorf("scratch disk: %w", err)
+	}
+	dir := a.path("scratch")
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return "", err
+	}
+	if err := unix.Mount(dev, dir, "ext4", 0, "discard"); err != nil {
+		return "", fmt.Errorf("mount the scratch disk %s (%s): %w", addr, dev, err)
+	}
+	for _, sub := range []string{"layers", "volumes"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o711); err != nil {
+			return "", err
+		}
+	}
+	return dir, nil
+}
+
+// deviceWait bounds the wait for a device that the host has plugged in.
+const deviceWait = 30 * time.Second
