@@ -8,11 +8,46 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
+
+// Guest is a guest that is set up.
+type Guest struct {
+	modules modules
+	// aliases are those of hardware.
+	aliases []alias
+	// loaded are the drivers loaded for plugged devices; it belongs to follow, once that runs.
+	loaded map[string]bool
+	// ports gets a value when a virtio-serial port appears.
+	ports chan struct{}
+}
+
+// devices gets the drivers for the devices there are and waits for more.
+func devices() (*Guest, error) {
+	m, err := kernelModules()
+	if err != nil {
+		return nil, err
+	}
+	aliases, err := m.aliases(hardware...)
+	if err != nil {
+		return nil, err
+	}
+	g := &Guest{modules: m, aliases: aliases, loaded: make(map[string]bool), ports: make(chan struct{}, 1)}
+	// Events are kept from here on, and handled once what was there before has its drivers.
+	events, err := watch()
+	if err != nil {
+		return nil, err
+	}
+	if err := g.drivers(); err != nil {
+		return nil, err
+	}
+	go g.follow(events)
+	return g, nil
+}
 
 // hardware are the prefixes of the aliases of devices.
 var hardware = []string{"pci:", "virtio:", "acpi*:", "nd:"}
@@ -172,6 +207,15 @@ func (g *Guest) notePort() {
 	select {
 	case g.ports <- struct{}{}:
 	default:
+	}
+}
+
+// procs follows the number of vCPUs. The agent moves bytes and waits, so that more than a few
+// would only cost memory.
+func procs() {
+	const most = 4
+	if n := min(onlineCPUs(), most); n != runtime.GOMAXPROCS(0) {
+		runtime.GOMAXPROCS(n)
 	}
 }
 

@@ -61,6 +61,10 @@ var (
 	}
 )
 
+func mountEarly() error { return mountAll(early) }
+
+func mountLate() error { return mountAll(late) }
+
 func mountAll(mounts []mount) error {
 	for _, m := range mounts {
 		if err := os.MkdirAll(m.target, 0o755); err != nil {
@@ -84,6 +88,19 @@ func links() error {
 		}
 	}
 	return nil
+}
+
+// sealRuntime makes crun's program unwritable through a container's /proc/PID/exe, and tells crun
+// so: else it copies itself for that, and loads itself and its libraries twice, in every call.
+// Source: cloned_binary.c of crun and runc (CVE-2019-5736).
+func sealRuntime() error {
+	const crun = "/bin/crun"
+	for _, flags := range []uintptr{unix.MS_BIND, unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY} {
+		if err := unix.Mount(crun, crun, "", flags, ""); err != nil {
+			return fmt.Errorf("make %s read-only: %w", crun, err)
+		}
+	}
+	return os.Setenv("_LIBCONTAINER_CLONED_BINARY", "1")
 }
 
 // delegate gives all cgroup controllers to the containers' cgroups.
