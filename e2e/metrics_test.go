@@ -33,13 +33,16 @@ func TestPrometheus(t *testing.T) {
 	}
 	prometheus(t)
 	for query, want := range map[string]string{
-		`up{job="caisson"}`:                                                                       "1",
-		`sum(caisson_pods{state="ready"})`:                                                        "1",
-		`sum(caisson_containers{state="running"})`:                                                "1",
-		`sum(caisson_cri_seconds_count{method="RunPodSandbox",code="OK"})`:                        "1",
-		`count(count by (phase) (caisson_pod_start_seconds_count)) > bool 2`:                      "1",
-		`sum(caisson_vm_memory_bytes) > bool 1e6`:                                                 "1",
-		`sum(caisson_image_pulls_total{result="ok"}) + sum(caisson_image_bytes > bool 1) >bool 1`: "1",
+		`up{job="caisson"}`:                                                                               "1",
+		`sum(caisson_pods{state="ready"})`:                                                                "1",
+		`sum(caisson_containers{state="running"})`:                                                        "1",
+		`sum(caisson_vmm_memory_bytes) > bool 1e6`:                                                        "1",
+		`sum(caisson_vmm_cpu_seconds_total) > bool 0`:                                                     "1",
+		`sum(caisson_images) > bool 0`:                                                                    "1",
+		`sum(caisson_image_store_bytes) > bool 1e6`:                                                       "1",
+		`sum(caisson_cri_request_duration_seconds_count{method="RunPodSandbox",code="OK"})`:               "1",
+		`count(count by (phase) (caisson_pod_start_phase_duration_seconds_count)) > bool 2`:               "1",
+		`histogram_quantile(0.5, sum by (le) (caisson_pod_start_phase_duration_seconds_bucket)) > bool 0`: "1",
 	} {
 		harness.Eventually(t, query, func() error {
 			got, err := ask(query)
