@@ -21,7 +21,7 @@ const (
 	// zstdWindow bounds the memory that a layer can ask for, in bytes: what zstd -22 --ultra uses.
 	zstdWindow = 128 << 20
 	// aheadBuffers of aheadSize bytes are decompressed in advance.
-	aheadBuffers, aheadSize = 6, 256 << 10
+	aheadBuffers, aheadSize = 32, 256 << 10
 )
 
 // convert merges layers, the bottom first, into an EROFS image in f, while they arrive, and
@@ -31,13 +31,16 @@ func convert(ctx context.Context, f *os.File, id digest.Digest, layers []*spool,
 	copy(uuid[:], id.Encoded())
 	w := erofs.NewWriter(f, uuid, erofs.Limits{})
 	for i, s := range layers {
-		err := addLayer(ctx, w, s.reader(ctx), diffIDs[i], unpacked)
+		packed := s.reader(ctx)
+		err := addLayer(ctx, w, packed, diffIDs[i], unpacked)
+		if err == nil || errdefs.IsInvalidArgument(err) || errdefs.IsDataLoss(err) {
+			// A layer that can't be read may just have arrived damaged: that is the better reason.
+			if arrived := packed.result(); arrived != nil {
+				return 0, arrived
+			}
+		}
 		if err == nil {
 			continue
-		}
-		// A layer that can't be read may just have arrived damaged: that is the better reason.
-		if arrived := s.result(ctx); arrived != nil {
-			return 0, arrived
 		}
 		return 0, fmt.Errorf("layer %d of %d: %w", i+1, len(layers), err)
 	}
@@ -60,7 +63,7 @@ func addLayer(ctx context.Context, w *erofs.Writer, packed io.Reader, want diges
 	}
 	// What follows the archive's end still counts for its digest.
 	if err := ahead.drain(ctx); err != nil {
-		return fmt.Errorf("decompress: %w: %w", err, errdefs.ErrInvalidArgument)
+		return err
 	}
 	if got := digester.Digest(); got != want {
 		return fmt.Errorf("content has digest %s, but the image's configuration says %s; the image was built or stored wrongly: %w", got, want, errdefs.ErrDataLoss)
@@ -124,8 +127,12 @@ func (a *ahead) fill(r io.ReadCloser) {
 			if n > 0 {
 				a.full <- buf[:n]
 			}
-			if err != nil {
+			if err == io.EOF {
 				a.err = err
+				return
+			}
+			if err != nil {
+				a.err = fmt.Errorf("decompress: %w: %w", err, errdefs.ErrInvalidArgument)
 				return
 			}
 		}

@@ -20,14 +20,14 @@ const (
 
 // download fetches the layers of an image, the bottom first, a few at once.
 type download struct {
-	remote *remote
-	spools []*spool // one per layer; equal layers share one
-	stall  *stall
-	done   atomic.Int64 // bytes received
+	remote   *remote
+	spools   []*spool // one per layer; equal layers share one
+	patience *patience
+	done     atomic.Int64 // bytes received
 }
 
-func newDownload(m *remote, dir string, s *stall) (*download, error) {
-	d := &download{remote: m, stall: s}
+func newDownload(m *remote, dir string, p *patience) (*download, error) {
+	d := &download{remote: m, patience: p}
 	known := map[digest.Digest]*spool{}
 	for _, l := range m.layers {
 		if known[l.digest] == nil {
@@ -37,6 +37,8 @@ func newDownload(m *remote, dir string, s *stall) (*download, error) {
 				return nil, fmt.Errorf("stage layer: %w", err)
 			}
 			known[l.digest] = s
+		} else {
+			known[l.digest].keep = true
 		}
 		d.spools = append(d.spools, known[l.digest])
 	}
@@ -81,12 +83,13 @@ func (d *download) run(ctx context.Context) error {
 	for _, s := range d.spools {
 		s.end(err)
 	}
-	d.stall.stop()
 	return err
 }
 
 // layer fetches one layer and checks its size and digest.
 func (d *download) layer(ctx context.Context, l layer, to *spool) error {
+	timer := d.patience.watch()
+	defer timer.Stop()
 	stream, err := d.remote.blob(ctx, l)
 	if err != nil {
 		return fmt.Errorf("layer %s: %w", l.digest, err)
@@ -95,13 +98,14 @@ func (d *download) layer(ctx context.Context, l layer, to *spool) error {
 	verifier := l.digest.Verifier()
 	var size int64
 	for buf := make([]byte, downloadBuffer); ; {
+		timer.Reset(d.patience.limit)
 		n, err := stream.Read(buf)
-		d.stall.progress()
 		d.done.Add(int64(n))
 		if size += int64(n); size > l.size {
 			return fmt.Errorf("layer %s is longer than the %d bytes its manifest says: %w", l.digest, l.size, errdefs.ErrDataLoss)
 		}
-		if _, err := to.Write(buf[:n]); err != nil {
+		timer.Stop() // what the reader of the spool takes its time for is not the registry's fault
+		if err := to.write(ctx, buf[:n]); err != nil {
 			return fmt.Errorf("stage layer %s: %w", l.digest, err)
 		}
 		if _, err := verifier.Write(buf[:n]); err != nil {
@@ -123,17 +127,15 @@ func (d *download) layer(ctx context.Context, l layer, to *spool) error {
 // errStalled is the cause of a pull that ended for lack of data.
 var errStalled = errors.New("the registry sends nothing")
 
-// stall ends a pull that makes no progress.
-type stall struct {
-	timer *time.Timer
-	limit time.Duration
+// patience ends a pull that makes no progress.
+type patience struct {
+	limit  time.Duration
+	cancel context.CancelCauseFunc
 }
 
-func newStall(limit time.Duration, cancel context.CancelCauseFunc) *stall {
-	return &stall{limit: limit, timer: time.AfterFunc(limit, func() {
-		cancel(fmt.Errorf("%w for %v; check the network or raise the time-out: %w", errStalled, limit, errdefs.ErrUnavailable))
-	})}
+// watch starts a timer that ends the pull; who receives something starts it anew with Reset(limit).
+func (p *patience) watch() *time.Timer {
+	return time.AfterFunc(p.limit, func() {
+		p.cancel(fmt.Errorf("%w for %v; check the network or raise the time-out: %w", errStalled, p.limit, errdefs.ErrUnavailable))
+	})
 }
-
-func (s *stall) progress() { s.timer.Reset(s.limit) }
-func (s *stall) stop()     { s.timer.Stop() }

@@ -99,7 +99,7 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, n name
 	start := time.Now()
 	result := PullResult{Ref: n.String()}
 	slog.Info("pull image", "image", n.String())
-	i, err := s.fetch(ctx, newStall(s.o.PullProgressTimeout, cancel), n, auth, &result)
+	i, err := s.fetch(ctx, &patience{s.o.PullProgressTimeout, cancel}, n, auth, &result)
 	if err != nil {
 		err = fmt.Errorf("pull %s: %w", n, err)
 	}
@@ -114,14 +114,16 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, n name
 	return i, err
 }
 
-func (s *Store) fetch(ctx context.Context, watch *stall, n name, auth *Auth, result *PullResult) (Image, error) {
-	defer watch.stop()
+func (s *Store) fetch(ctx context.Context, p *patience, n name, auth *Auth, result *PullResult) (Image, error) {
+	timer := p.watch()
+	defer timer.Stop()
 	m, err := s.registries.open(ctx, n, auth)
 	if err != nil {
 		return Image{}, err
 	}
 	defer m.close()
-	release, err := s.claim(ctx, watch, m.config)
+	timer.Stop() // what comes now waits for this machine, or for another pull with its own timer
+	release, err := s.claim(ctx, m.config)
 	if err != nil {
 		return Image{}, err
 	}
@@ -130,13 +132,14 @@ func (s *Store) fetch(ctx context.Context, watch *stall, n name, auth *Auth, res
 		result.Cached = true
 		return i, err
 	}
-	watch.progress()
+	timer.Reset(p.limit)
 	raw, config, err := m.readConfig(ctx)
+	timer.Stop()
 	if err != nil {
 		return Image{}, err
 	}
 	b := &build{store: s, remote: m, diffIDs: config.RootFS.DiffIDs}
-	length, err := b.run(ctx, watch)
+	length, err := b.run(ctx, p)
 	result.Downloaded, result.Unpacked = b.downloaded.Load(), b.unpacked.Load()
 	if err != nil {
 		return Image{}, err
@@ -145,7 +148,7 @@ func (s *Store) fetch(ctx context.Context, watch *stall, n name, auth *Auth, res
 }
 
 // claim makes the caller the only one who builds the image until it calls release.
-func (s *Store) claim(ctx context.Context, watch *stall, id digest.Digest) (release func(), err error) {
+func (s *Store) claim(ctx context.Context, id digest.Digest) (release func(), err error) {
 	for {
 		s.mu.Lock()
 		other := s.building[id]
@@ -161,7 +164,6 @@ func (s *Store) claim(ctx context.Context, watch *stall, id digest.Digest) (rele
 			}, nil
 		}
 		s.mu.Unlock()
-		watch.stop() // the other pull has its own
 		select {
 		case <-other:
 		case <-ctx.Done():
@@ -242,7 +244,7 @@ type build struct {
 
 // run downloads the layers and merges them meanwhile. It returns the length of the image's file,
 // which is complete, synced and in its place then.
-func (b *build) run(ctx context.Context, watch *stall) (int64, error) {
+func (b *build) run(ctx context.Context, p *patience) (int64, error) {
 	if err := b.store.checkSpace(b.remote); err != nil {
 		return 0, err
 	}
@@ -252,7 +254,7 @@ func (b *build) run(ctx context.Context, watch *stall) (int64, error) {
 	}
 	defer f.Close()
 	defer os.Remove(f.Name()) // once it is in its place, there is nothing of this name
-	d, err := newDownload(b.remote, b.store.staging, watch)
+	d, err := newDownload(b.remote, b.store.staging, p)
 	if err != nil {
 		return 0, b.store.explain(err, b.remote, 0)
 	}
