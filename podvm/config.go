@@ -1,6 +1,11 @@
 package podvm
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
 	"time"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
@@ -216,4 +221,33 @@ type ContainerStatus struct {
 type ResolvedUser struct {
 	UID, GID           int64
 	SupplementalGroups []int64
+}
+
+// orNode is the DNS configuration, or the node's own where the kubelet gives none.
+func (d DNS) orNode() (DNS, error) {
+	if len(d.Servers)+len(d.Searches)+len(d.Options) > 0 {
+		return d, nil
+	}
+	data, err := os.ReadFile("/etc/resolv.conf")
+	if errors.Is(err, fs.ErrNotExist) {
+		return d, nil
+	}
+	if err != nil {
+		return d, fmt.Errorf("DNS of the node: %w", err)
+	}
+	for line := range strings.Lines(string(data)) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		switch fields[0] {
+		case "nameserver":
+			d.Servers = append(d.Servers, fields[1])
+		case "search":
+			d.Searches = fields[1:]
+		case "options":
+			d.Options = append(d.Options, fields[1:]...)
+		}
+	}
+	return d, nil
 }

@@ -1,0 +1,296 @@
+// Package podvm runs pods as virtual machines: what happens in which order, what is recorded, and
+// how it is undone. It knows drivers, network, images and the guest's agent by small interfaces.
+package podvm
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/imagestore"
+	"github.com/caisson-vm/caisson/network"
+	"github.com/caisson-vm/caisson/podvm/guestimage"
+	"github.com/caisson-vm/caisson/podvm/state"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// Network is what podvm needs of the network; *network.CNI is one.
+type Network interface {
+	Setup(ctx context.Context, p network.Pod) (*network.Attachment, error)
+	Teardown(ctx context.Context, p network.Pod) error
+	OpenTap(a *network.Attachment, i int) (*os.File, error)
+	GC(ctx context.Context, pods []string) error
+}
+
+// Images is what podvm needs of the image store.
+type Images interface {
+	// Link hard-links the image's file to path and returns the image; errdefs.ErrNotFound.
+	Link(id, path string) (imagestore.Image, error)
+}
+
+// Templates is what podvm needs of the template store.
+type Templates interface {
+	// Template returns the folder of the scope's template; Failed reports a clone that did not start.
+	Template(ctx context.Context, scope string) (string, error)
+	Failed(dir string)
+}
+
+// Observer is told what metrics count. A nil Observer is none.
+type Observer interface {
+	ObserveStart(phases []Phase)
+	ObserveFallback()
+}
+
+// Options are what a Manager is made of.
+type Options struct {
+	// Root survives a reboot; images and pods are on its file system. State is for sockets.
+	Root, State string
+	// Driver starts new pods. Drivers, by name, attach to those that run already; Driver is one of them.
+	Driver  vmm.Driver
+	Drivers map[string]vmm.Driver
+	Guest   guestimage.Files
+	Network Network
+	Images  Images
+	// Templates, where set, are what pods are cloned from, one per Scope: "node", "namespace".
+	Templates Templates
+	Scope     string
+	// Size is what a VM starts with and a pod without limits gets, Max what it can grow to.
+	Size, Max vmm.Size
+	// Scratch is the size of a pod's scratch disk, in bytes; sparse.
+	Scratch  int64
+	Observer Observer
+}
+
+// Manager holds the node's pods.
+type Manager struct {
+	o       Options
+	layout  layout
+	lock    *state.Lock
+	scratch *scratch
+	syncer  *syncer
+	events  broker
+
+	mu         sync.Mutex
+	pods       map[string]*Pod
+	containers map[string]*Container
+	names      map[podName]*start // pods that are there or on their way
+}
+
+// podName is what the kubelet knows a pod by.
+type podName struct {
+	name, namespace, uid string
+	attempt              uint32
+}
+
+func nameOf(c PodConfig) podName { return podName{c.Name, c.Namespace, c.UID, c.Attempt} }
+
+// start is one call of Run; further calls for the same pod wait for it.
+type start struct {
+	done chan struct{} // closed when the rest is set
+	pod  *Pod
+	err  error
+}
+
+// Limits of operations that are the daemon's own: they go on when the caller gives up, and a retry
+// joins them.
+const (
+	startLimit = 3 * time.Minute
+	opLimit    = 2 * time.Minute
+)
+
+// New makes a Manager and takes the lock on its root; a second daemon is refused.
+func New(o Options) (*Manager, error) {
+	lock, err := state.Acquire(o.Root)
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		o: o, layout: layout{o.Root, o.State}, lock: lock,
+		pods: map[string]*Pod{}, containers: map[string]*Container{}, names: map[podName]*start{},
+	}
+	for _, dir := range []string{m.layout.pods(), o.State} {
+		if err == nil {
+			err = os.MkdirAll(dir, 0o700)
+		}
+	}
+	if err == nil {
+		m.scratch, err = newScratch(o.Root, o.Scratch)
+	}
+	if err == nil {
+		m.syncer, err = newSyncer()
+	}
+	if err != nil {
+		return nil, errors.Join(err, lock.Release())
+	}
+	return m, nil
+}
+
+// Close lets go of everything; VMs and their containers run on.
+func (m *Manager) Close() error {
+	for _, p := range m.Pods() {
+		p.detach()
+	}
+	return errors.Join(m.syncer.close(), m.lock.Release())
+}
+
+// Events returns what happens from now on. The channel is closed when ctx ends, or when its reader
+// has fallen too far behind.
+func (m *Manager) Events(ctx context.Context) <-chan Event { return m.events.subscribe(ctx) }
+
+// Pods lists all pods, in no order.
+func (m *Manager) Pods() []*Pod {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := make([]*Pod, 0, len(m.pods))
+	for _, p := range m.pods {
+		all = append(all, p)
+	}
+	return all
+}
+
+// Containers lists all containers, in no order.
+func (m *Manager) Containers() []*Container {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := make([]*Container, 0, len(m.containers))
+	for _, c := range m.containers {
+		all = append(all, c)
+	}
+	return all
+}
+
+// Pod finds a pod by its id or a unique prefix of it. Errors: errdefs.ErrNotFound,
+// errdefs.ErrInvalidArgument for a prefix of several.
+func (m *Manager) Pod(id string) (*Pod, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return find("pod", m.pods, id)
+}
+
+// Container finds a container as Pod does.
+func (m *Manager) Container(id string) (*Container, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return find("container", m.containers, id)
+}
+
+func find[T any](what string, all map[string]T, id string) (T, error) {
+	found, ok := all[id]
+	if ok || id == "" {
+		if !ok {
+			return found, fmt.Errorf("%s id is empty: %w", what, errdefs.ErrInvalidArgument)
+		}
+		return found, nil
+	}
+	matches := 0
+	for full, v := range all {
+		if strings.HasPrefix(full, id) {
+			found = v
+			matches++
+		}
+	}
+	var none T
+	switch matches {
+	case 0:
+		return none, fmt.Errorf("%s %s: %w", what, id, errdefs.ErrNotFound)
+	case 1:
+		return found, nil
+	}
+	return none, fmt.Errorf("%s %s: %d have an id that begins so: %w", what, id, matches, errdefs.ErrInvalidArgument)
+}
+
+// newID makes the id of a pod or container: 64 hex digits.
+func newID() string {
+	b := make([]byte, 32)
+	rand.Read(b)
+	return hex.EncodeToString(b)
+}
+
+// operation is the context of work that belongs to the daemon and not to the caller.
+func operation(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), limit)
+}
+
+// Run starts a pod. A call for a pod that is being started waits for that; one for a pod that runs
+// returns it. A pod of the same name and attempt that has stopped is errdefs.ErrAlreadyExists.
+func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
+	if err := c.onlyForNode(); err != nil {
+		return nil, err
+	}
+	s, first := m.reserve(nameOf(c))
+	if first {
+		go m.run(ctx, s, c)
+	}
+	select {
+	case <-s.done:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("start of pod %s/%s goes on: %w", c.Namespace, c.Name, ctx.Err())
+	}
+	if s.err != nil {
+		return nil, s.err
+	}
+	if status := s.pod.Status(); !first && status.State != Ready {
+		return nil, fmt.Errorf("pod %s/%s, attempt %d, is there as %s and %s: remove it first: %w", c.Namespace, c.Name, c.Attempt, s.pod.id, status.State, errdefs.ErrAlreadyExists)
+	}
+	return s.pod, nil
+}
+
+// onlyForNode refuses what a VM can't be.
+func (c PodConfig) onlyForNode() error {
+	for what, wanted := range map[string]bool{"hostNetwork": c.HostNetwork, "hostPID": c.HostPID, "hostIPC": c.HostIPC} {
+		if wanted {
+			return fmt.Errorf("%s: a pod in a VM can't share the node's namespaces; run it on a node with another runtime: %w", what, errdefs.ErrNotImplemented)
+		}
+	}
+	return nil
+}
+
+func (m *Manager) reserve(n podName) (s *start, first bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if s, ok := m.names[n]; ok {
+		return s, false
+	}
+	s = &start{done: make(chan struct{})}
+	m.names[n] = s
+	return s, true
+}
+
+// run is the one call that starts the pod.
+func (m *Manager) run(ctx context.Context, s *start, c PodConfig) {
+	defer close(s.done)
+	ctx, cancel := operation(ctx, startLimit)
+	defer cancel()
+	s.pod, s.err = m.startPod(ctx, c)
+	if s.err != nil {
+		m.mu.Lock()
+		delete(m.names, nameOf(c))
+		m.mu.Unlock()
+	}
+}
+
+// add makes a pod visible.
+func (m *Manager) add(p *Pod) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.pods[p.id] = p
+}
+
+// forget makes a pod and its name unknown.
+func (m *Manager) forget(p *Pod) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.pods, p.id)
+	n := nameOf(p.record.Config)
+	if s, ok := m.names[n]; ok && s.pod == p {
+		delete(m.names, n)
+	}
+}

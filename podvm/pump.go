@@ -1,0 +1,134 @@
+package podvm
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+)
+
+// How long a log waits before it tries again: after its stream broke, after the disk was full.
+const (
+	reconnect = 500 * time.Millisecond
+	retryFull = 2 * time.Second
+)
+
+// pump moves a container's output to its log until all of it is there (nil), or ctx ends.
+func pump(ctx context.Context, client *agent.Client, container string, w *logWriter) error {
+	for {
+		err := pumpOnce(ctx, client, container, w)
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, errdefs.ErrNotFound):
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		}
+		slog.Debug("stream of output broke", "container", container, "err", err)
+		select {
+		case <-time.After(reconnect):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func pumpOnce(ctx context.Context, client *agent.Client, container string, w *logWriter) error {
+	out, err := client.Output(ctx, container, w.offset())
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	q := &queue{filled: make(chan struct{}, 1)}
+	go q.fill(out)
+	for {
+		batch, end := q.take()
+		if len(batch) > 0 {
+			ack, err := writeAtLast(ctx, w, batch, container)
+			if err != nil {
+				return err
+			}
+			if err := out.Ack(ack); err != nil {
+				return err
+			}
+			continue
+		}
+		if end != nil {
+			return end
+		}
+		select {
+		case <-q.filled:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// writeAtLast writes a batch, and waits for room on a full disk: meanwhile the container's output is
+// kept in its guest, and then its writes wait.
+func writeAtLast(ctx context.Context, w *logWriter, batch []agent.Record, container string) (uint64, error) {
+	for told := false; ; told = true {
+		ack, err := w.write(batch)
+		if err == nil {
+			return ack, nil
+		}
+		if !told {
+			slog.Error("container log can't be written; its output waits", "container", container, "err", err)
+		}
+		select {
+		case <-time.After(retryFull):
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+	}
+}
+
+// queue is what was received and not yet written. The agent bounds it: it sends no more than it
+// keeps, and it keeps what is not acknowledged.
+type queue struct {
+	filled chan struct{} // has a value when there is something to take
+
+	mu      sync.Mutex
+	records []agent.Record
+	lines   []byte
+	err     error
+}
+
+// fill takes records until the stream ends.
+func (q *queue) fill(out *agent.Output) {
+	for {
+		r, err := out.Next()
+		q.mu.Lock()
+		if err != nil {
+			q.err = err
+		} else {
+			// Next's line is valid until the next one. A reallocation leaves earlier records
+			// pointing into the old array, which stays as it is.
+			q.lines = append(q.lines, r.Line...)
+			r.Line = q.lines[len(q.lines)-len(r.Line):]
+			q.records = append(q.records, r)
+		}
+		q.mu.Unlock()
+		select {
+		case q.filled <- struct{}{}:
+		default:
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// take returns all records that have come, and why no more will.
+func (q *queue) take() ([]agent.Record, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	records := q.records
+	q.records, q.lines = nil, nil
+	return records, q.err
+}

@@ -1,0 +1,104 @@
+// Package state keeps records as files: written atomically and durably, versioned, and locked
+// against a second daemon.
+package state
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/internal/atomicfile"
+)
+
+// version of the records. A record of another version is not understood, and kept.
+const version = 1
+
+type envelope struct {
+	Version int             `json:"version"`
+	Record  json.RawMessage `json:"record"`
+}
+
+// Write replaces the record at path. When it returns nil the record is on the disk.
+func Write(path string, record any) error {
+	data, err := json.Marshal(record)
+	if err != nil {
+		return fmt.Errorf("record %s: %w", path, err)
+	}
+	data, err = json.Marshal(envelope{version, data})
+	if err != nil {
+		return fmt.Errorf("record %s: %w", path, err)
+	}
+	err = atomicfile.Write(path, data, 0o600)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("record: no space in %s, free some: %w: %w", filepath.Dir(path), err, errdefs.ErrResourceExhausted)
+	}
+	return err
+}
+
+// Read reads the record at path. What it does not understand is errdefs.ErrDataLoss; no record at
+// all is fs.ErrNotExist.
+func Read(path string, record any) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	var e envelope
+	if err := strict(data, &e); err != nil {
+		return fmt.Errorf("record %s: %w: %w", path, err, errdefs.ErrDataLoss)
+	}
+	if e.Version != version {
+		return fmt.Errorf("record %s is of version %d, this daemon reads %d: %w", path, e.Version, version, errdefs.ErrDataLoss)
+	}
+	if err := strict(e.Record, record); err != nil {
+		return fmt.Errorf("record %s: %w: %w", path, err, errdefs.ErrDataLoss)
+	}
+	return nil
+}
+
+// strict refuses fields that it does not know: they would be lost with the next Write.
+func strict(data []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	return d.Decode(v)
+}
+
+// Lock is the right to use a folder.
+type Lock struct{ file *os.File }
+
+// Acquire takes the lock of dir, which is made if needed. Where another process holds it, the error
+// is errdefs.ErrFailedPrecondition and names that process.
+func Acquire(dir string) (*Lock, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	path := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder, _ := os.ReadFile(path)
+		f.Close()
+		return nil, fmt.Errorf("%s is in use by process %s: stop that daemon, or give this one another root: %w", dir, strings.TrimSpace(string(holder)), errdefs.ErrFailedPrecondition)
+	}
+	if err := errors.Join(f.Truncate(0), writePID(f)); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	return &Lock{f}, nil
+}
+
+func writePID(f *os.File) error {
+	_, err := f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
+	return err
+}
+
+// Release gives the lock back.
+func (l *Lock) Release() error { return l.file.Close() }
