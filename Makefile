@@ -6,7 +6,10 @@ GOFLAGS := -trimpath -tags=containers_image_openpgp
 LDFLAGS := -s -w -buildid= -X main.version=$(VERSION)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: all build agent guest lint clean
+# A kernel of one's own for the guest: make guest-kernel, then make guest KERNEL=build/guest-kernel.
+KERNEL :=
+
+.PHONY: all build agent guest guest-kernel lint clean
 
 all: build
 
@@ -18,7 +21,11 @@ agent:
 
 # Kernel and initramfs from Debian packages; needs apt and dpkg-deb, changes nothing on the host.
 guest: agent
-	go run $(GOFLAGS) ./podvm/guestimage/guestbuild build/guest bin/caisson-agent
+	go run $(GOFLAGS) ./podvm/guestimage/guestbuild build/guest bin/caisson-agent $(KERNEL)
+
+# The guest's kernel from Debian's source package, small, with its drivers built in. Takes minutes.
+guest-kernel:
+	podvm/guestimage/kernel/build.sh build/guest-kernel build/linux
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }

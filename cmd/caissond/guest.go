@@ -23,7 +23,8 @@ func guest(ctx context.Context, args []string) error {
 	output := flags.String("output", defaultGuest, "`folder` to make or replace")
 	agent := flags.String("agent", besideSelf("caisson-agent"), "the caisson-agent program, a `file`")
 	cache := flags.String("cache", "", "`folder` that keeps downloaded packages (default /var/cache/caisson/packages)")
-	kernel := flags.String("kernel", "", "Debian kernel `package` (default linux-image-cloud-amd64)")
+	kernelPackage := flags.String("kernel-package", "", "Debian kernel `package` (default linux-image-cloud-amd64)")
+	kernel := flags.String("kernel", "", "a kernel of one's own, made by 'make guest-kernel', a `file`")
 	if err := flags.Parse(args[1:]); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return err
@@ -31,7 +32,7 @@ func guest(ctx context.Context, args []string) error {
 		return usageError{err}
 	}
 	files, err := guestimage.Build(ctx, guestimage.BuildOptions{
-		Output: *output, Agent: *agent, Cache: *cache, KernelPackage: *kernel,
+		Output: *output, Agent: *agent, Cache: *cache, KernelPackage: *kernelPackage, Kernel: *kernel,
 	})
 	if err != nil {
 		return err

@@ -1,7 +1,7 @@
 package guestimage
 
 import (
-	"archive/tar"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,12 +10,9 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -37,18 +34,17 @@ type BuildOptions struct {
 	// KernelPackage is a Debian kernel package, or a metapackage that depends on one; "" is
 	// linux-image-cloud-amd64.
 	KernelPackage string
+	// Kernel, where set, is the path of the kernel to take instead: an uncompressed PVH vmlinux with
+	// all drivers built in, as kernel/build.sh makes it.
+	Kernel string
 }
 
 // Build makes the guest and returns it. An image in Output that was made from the same inputs is
 // left as it is; else it is replaced in one step. Packages come from the host's apt, in the
 // versions it would install, and are downloaded unless they are in the cache.
 func Build(ctx context.Context, o BuildOptions) (Files, error) {
-	if o.Cache == "" {
-		o.Cache = "/var/cache/caisson/packages"
-	}
-	if o.KernelPackage == "" {
-		o.KernelPackage = "linux-image-cloud-amd64"
-	}
+	o.Cache = cmp.Or(o.Cache, "/var/cache/caisson/packages")
+	o.KernelPackage = cmp.Or(o.KernelPackage, "linux-image-cloud-amd64")
 	output, err := filepath.Abs(o.Output)
 	if err != nil {
 		return Files{}, err
@@ -56,25 +52,17 @@ func Build(ctx context.Context, o BuildOptions) (Files, error) {
 	if err := replaceable(output); err != nil {
 		return Files{}, err
 	}
-	agent, err := os.ReadFile(o.Agent)
-	if errors.Is(err, fs.ErrNotExist) {
-		return Files{}, fmt.Errorf("no agent at %s, run 'make build': %w", o.Agent, errdefs.ErrNotFound)
-	}
+	in, err := gather(ctx, o)
 	if err != nil {
 		return Files{}, err
 	}
-	kernel, crun, err := resolve(ctx, o.KernelPackage)
-	if err != nil {
-		return Files{}, err
-	}
-	inputs := digest(recipe, Cmdline, atBoot, machine, onDemand, never, sha256.Sum256(agent), kernel, crun)
-	if m, err := readManifest(output); err == nil && m.Inputs == inputs && Verify(output) == nil {
+	if upToDate(ctx, output, in.digest()) {
 		return Open(output)
 	}
 	b := builder{cache: o.Cache, tree: make(tree), manifest: Manifest{
-		Format: manifestFormat, Inputs: inputs, Cmdline: Cmdline, Packages: make(map[string]string),
+		Format: manifestFormat, Inputs: in.digest(), Cmdline: Cmdline, Packages: make(map[string]string),
 	}}
-	if err := b.assemble(ctx, kernel, crun, agent); err != nil {
+	if err := b.assemble(ctx, in); err != nil {
 		return Files{}, err
 	}
 	return b.publish(output)
@@ -94,25 +82,6 @@ func replaceable(dir string) error {
 	return err
 }
 
-// resolve asks apt for the packages that everything else follows from.
-func resolve(ctx context.Context, kernelPackage string) (kernel, crun deb, err error) {
-	debs, err := candidates(ctx, kernelPackage, "crun")
-	if err != nil {
-		return kernel, crun, err
-	}
-	kernel, crun = debs[0], debs[1]
-	// A metapackage depends on the kernel's own package, whose name has its release in it.
-	i := slices.IndexFunc(kernel.depends, func(d string) bool { return strings.HasPrefix(d, "linux-image-") })
-	if i < 0 {
-		return kernel, crun, nil
-	}
-	debs, err = candidates(ctx, kernel.depends[i])
-	if err != nil {
-		return kernel, crun, err
-	}
-	return debs[0], crun, nil
-}
-
 type builder struct {
 	cache    string
 	tree     tree
@@ -120,16 +89,15 @@ type builder struct {
 	manifest Manifest
 }
 
-func (b *builder) assemble(ctx context.Context, kernel, crun deb, agent []byte) error {
-	slog.Info("build guest", "kernel", kernel.name, "version", kernel.version)
-	if err := b.addKernel(ctx, kernel); err != nil {
+func (b *builder) assemble(ctx context.Context, in inputs) error {
+	if err := b.addKernel(ctx, in); err != nil {
 		return err
 	}
-	used, err := addProgram(ctx, b.tree, b.cache, "bin/crun", crun)
+	used, err := addProgram(ctx, b.tree, b.cache, "bin/crun", in.crun)
 	if err != nil {
 		return err
 	}
-	for _, d := range append(used, kernel) {
+	for _, d := range used {
 		b.manifest.Packages[d.name] = d.version
 	}
 	for _, dir := range []string{"dev", "etc", "mnt", "proc", "root", "run", "sys", "usr", "var"} {
@@ -140,49 +108,11 @@ func (b *builder) assemble(ctx context.Context, kernel, crun deb, agent []byte) 
 	b.tree.symlink("usr/lib", "../lib")
 	// The kernel opens the console before the agent can mount /dev.
 	b.tree.char("dev/console", 0o600, 5, 1)
-	b.tree.file("init", 0o755, agent)
+	b.tree.file("init", 0o755, in.agent)
 	// The agent loads modules for the kernel too, under this name. It is not the kernel's default,
 	// /sbin/modprobe, which would be run many times over while the kernel starts, for nothing.
 	b.tree.symlink("modprobe", "init")
 	return nil
-}
-
-// addKernel takes the kernel and its modules from the package.
-func (b *builder) addKernel(ctx context.Context, kernel deb) error {
-	file, err := download(ctx, b.cache, kernel)
-	if err != nil {
-		return err
-	}
-	var bzImage []byte
-	all := make(modules)
-	err = unpack(ctx, file, func(name string, h *tar.Header, r io.Reader) (err error) {
-		if h.Typeflag != tar.TypeReg {
-			return nil
-		}
-		if release, ok := strings.CutPrefix(name, "boot/vmlinuz-"); ok {
-			b.manifest.Kernel = release
-			bzImage, err = io.ReadAll(r)
-		}
-		if rest, ok := strings.CutPrefix(name, "lib/modules/"); ok && path.Ext(name) == ".ko" {
-			_, file, _ := strings.Cut(rest, "/kernel/")
-			all[strings.TrimSuffix(file, ".ko")], err = io.ReadAll(r)
-		}
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	if b.kernel, err = vmlinux(bzImage); err != nil {
-		return fmt.Errorf("kernel of %s: %w", kernel.name, err)
-	}
-	picked, err := all.pick()
-	if err != nil {
-		return fmt.Errorf("%s: %w", kernel.name, err)
-	}
-	if _, ok := picked["virtio_pci"]; !ok {
-		return fmt.Errorf("%s has no module virtio_pci among its %d uncompressed ones", kernel.name, len(all))
-	}
-	return addModules(b.tree, b.manifest.Kernel, picked)
 }
 
 // publish writes the image beside the output and puts it in its place in one step.

@@ -1,4 +1,4 @@
-// Command guestbuild builds a guest: guestbuild OUTPUT AGENT.
+// Command guestbuild builds a guest: guestbuild OUTPUT AGENT [KERNEL].
 package main
 
 import (
@@ -10,11 +10,15 @@ import (
 )
 
 func main() {
-	if len(os.Args) != 3 {
-		fmt.Fprintln(os.Stderr, "usage: guestbuild OUTPUT AGENT")
+	if len(os.Args) < 3 || len(os.Args) > 4 {
+		fmt.Fprintln(os.Stderr, "usage: guestbuild OUTPUT AGENT [KERNEL]")
 		os.Exit(2)
 	}
-	files, err := guestimage.Build(context.Background(), guestimage.BuildOptions{Output: os.Args[1], Agent: os.Args[2]})
+	o := guestimage.BuildOptions{Output: os.Args[1], Agent: os.Args[2]}
+	if len(os.Args) == 4 {
+		o.Kernel = os.Args[3]
+	}
+	files, err := guestimage.Build(context.Background(), o)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "guestbuild:", err)
 		os.Exit(1)
