@@ -44,7 +44,16 @@ func (s *runtimeService) StartContainer(ctx context.Context, r *cri.StartContain
 	if err != nil {
 		return nil, err
 	}
-	return &cri.StartContainerResponse{}, c.Start(ctx)
+	return &cri.StartContainerResponse{}, noCommand(c.Start(ctx))
+}
+
+// noCommand: when a container was found, what is missing is its command, and the CRI's NotFound
+// would say of the container that it is gone.
+func noCommand(err error) error {
+	if errdefs.IsNotFound(err) {
+		return invalid("%v", err)
+	}
+	return err
 }
 
 // StopContainer stops a container, by force when the grace period is over. One that is gone is
@@ -97,13 +106,16 @@ func (s *runtimeService) ContainerStatus(_ context.Context, r *cri.ContainerStat
 	return resp, err
 }
 
-// UpdateContainerResources changes a container's limits.
+// UpdateContainerResources changes those of a container's limits that are set.
 func (s *runtimeService) UpdateContainerResources(ctx context.Context, r *cri.UpdateContainerResourcesRequest) (*cri.UpdateContainerResourcesResponse, error) {
-	c, err := s.container(r.GetContainerId())
+	if r.GetLinux() == nil {
+		return nil, invalid("the update has no Linux resources")
+	}
+	limits, err := resources(r.GetLinux())
 	if err != nil {
 		return nil, err
 	}
-	limits, err := updated(c.Status().Config.Resources, r.GetLinux())
+	c, err := s.container(r.GetContainerId())
 	if err != nil {
 		return nil, err
 	}

@@ -1,12 +1,10 @@
 package server
 
 import (
-	"maps"
 	"regexp"
 	"slices"
 	"strings"
 
-	"google.golang.org/protobuf/proto"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/caisson-vm/caisson/podvm"
@@ -26,6 +24,7 @@ func optionalResources(r *cri.LinuxContainerResources) (*podvm.Resources, error)
 	return &res, err
 }
 
+// resources converts and checks limits. In an update 0 leaves a limit as it is, and -1 lifts it.
 func resources(r *cri.LinuxContainerResources) (podvm.Resources, error) {
 	res := podvm.Resources{
 		CPUPeriod: r.GetCpuPeriod(), CPUQuota: r.GetCpuQuota(), CPUShares: r.GetCpuShares(),
@@ -45,8 +44,6 @@ func resources(r *cri.LinuxContainerResources) (podvm.Resources, error) {
 	case res.OOMScoreAdj < -1000 || res.OOMScoreAdj > 1000:
 		return res, invalid("oom_score_adj %d: want -1000 to 1000", res.OOMScoreAdj)
 	}
-	// -1 and 0 both mean no limit; podvm knows one way to say it.
-	res.CPUQuota, res.Memory = max(res.CPUQuota, 0), max(res.Memory, 0)
 	for _, set := range []string{res.CPUSetCPUs, res.CPUSetMems} {
 		if set != "" && !cpusetRE.MatchString(set) {
 			return res, invalid("cpuset %q: want a list such as 0-3,7", set)
@@ -71,18 +68,6 @@ func resources(r *cri.LinuxContainerResources) (podvm.Resources, error) {
 	}
 	res.Unified = r.GetUnified()
 	return res, nil
-}
-
-// updated are the resources with those of an update in the place of the old ones; what the update
-// leaves out stays.
-func updated(old podvm.Resources, update *cri.LinuxContainerResources) (podvm.Resources, error) {
-	if update == nil {
-		return old, invalid("the update has no Linux resources")
-	}
-	all := criResources(old)
-	all.Unified = maps.Clone(old.Unified)
-	proto.Merge(all, update)
-	return resources(all)
 }
 
 // criResources is the way back, for ContainerStatus.

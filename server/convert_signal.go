@@ -30,8 +30,20 @@ func stopSignal(asked cri.Signal, image string) (string, error) {
 	return signalName(asked), nil
 }
 
+// oneName are the signals that have several names, by the one that is used here.
+var oneName = map[cri.Signal]string{
+	cri.Signal_SIGNAL_SIGCLD:   "SIGCHLD",
+	cri.Signal_SIGNAL_SIGIOT:   "SIGABRT",
+	cri.Signal_SIGNAL_SIGPOLL:  "SIGIO",
+	cri.Signal_SIGNAL_SIGRTMIN: "SIGRTMIN+0",
+	cri.Signal_SIGNAL_SIGRTMAX: "SIGRTMAX-0",
+}
+
 // signalName is "SIGTERM", "SIGRTMIN+3" for the CRI's SIGNAL_SIGTERM, SIGNAL_SIGRTMINPLUS3.
 func signalName(s cri.Signal) string {
+	if name, ok := oneName[s]; ok {
+		return name
+	}
 	name := strings.TrimPrefix(s.String(), "SIGNAL_")
 	name = strings.Replace(name, "PLUS", "+", 1)
 	return strings.Replace(name, "MINUS", "-", 1)
@@ -46,6 +58,7 @@ func parseSignal(s string) (cri.Signal, error) {
 	if !strings.HasPrefix(name, "SIG") {
 		name = "SIG" + name
 	}
+	name = strings.TrimSuffix(strings.TrimSuffix(name, "+0"), "-0")
 	name = strings.Replace(name, "+", "PLUS", 1)
 	name = strings.Replace(name, "-", "MINUS", 1)
 	v, ok := cri.Signal_value["SIGNAL_"+name]

@@ -39,12 +39,8 @@ func (s *runtimeService) ExecSync(ctx context.Context, r *cri.ExecSyncRequest) (
 	if err != nil && ctx.Err() == nil && errors.Is(limited.Err(), context.DeadlineExceeded) {
 		return nil, fmt.Errorf("command %q timed out after %s: %w", strings.Join(r.GetCmd(), " "), timeout, context.DeadlineExceeded)
 	}
-	if errdefs.IsNotFound(err) {
-		// It is the command that is not there; the CRI's NotFound would say that of the container.
-		return nil, invalid("%v", err)
-	}
 	if err != nil {
-		return nil, err
+		return nil, noCommand(err)
 	}
 	return &cri.ExecSyncResponse{Stdout: stdout.take(), Stderr: stderr.take(), ExitCode: code}, nil
 }
