@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/caisson-vm/caisson/podvm/agent/guest"
 	"github.com/caisson-vm/caisson/podvm/agent/guest/boot"
 )
 
@@ -19,6 +20,9 @@ func main() {
 	if filepath.Base(os.Args[0]) == "modprobe" {
 		os.Exit(boot.Modprobe(os.Args[1:]))
 	}
+	if len(os.Args) == 2 && os.Args[1] == guest.PauseArg {
+		guest.Pause()
+	}
 	if os.Getpid() != 1 {
 		fmt.Println("caisson-agent", version, "is started by the kernel of a pod's VM")
 		os.Exit(2)
@@ -28,6 +32,10 @@ func main() {
 
 func run(ctx context.Context) error {
 	g, err := boot.Init()
+	if err != nil {
+		return err
+	}
+	serve, err := server()
 	if err != nil {
 		return err
 	}

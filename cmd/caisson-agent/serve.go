@@ -4,23 +4,14 @@ import (
 	"context"
 	"net"
 
-	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/agent/guest"
 )
 
-// serve answers every stream that nothing serves it yet.
-func serve(ctx context.Context, l net.Listener) error {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			var h agent.Header
-			if err := agent.ReadMessage(c, &h); err != nil {
-				return
-			}
-			agent.WriteMessage(c, agent.Reply{Error: "agent " + version + " serves no " + string(h.Kind), Code: "unavailable"})
-		}()
+// server returns what serves the agent's streams on each of the VM's channels.
+func server() (func(context.Context, net.Listener) error, error) {
+	a, err := guest.New(guest.Options{Version: version})
+	if err != nil {
+		return nil, err
 	}
+	return a.Serve, nil
 }

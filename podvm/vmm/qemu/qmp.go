@@ -4,8 +4,8 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"sync"
@@ -83,7 +83,7 @@ func (q *qmp) read() {
 	q.conn.Close()
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.err = errors.New("connection closed")
+	q.err = fmt.Errorf("connection closed: %w", io.EOF)
 	if err := lines.Err(); err != nil {
 		q.err = err
 	}
@@ -119,7 +119,7 @@ func (q *qmp) executeWith(ctx context.Context, command string, arguments, result
 	select {
 	case r, ok := <-answer:
 		if !ok {
-			return fmt.Errorf("qmp %s: connection closed", command)
+			return fmt.Errorf("qmp %s: connection closed: %w", command, io.EOF)
 		}
 		return finish(command, r, result)
 	case <-ctx.Done():

@@ -37,6 +37,7 @@ func (v *vm) snapshot(ctx context.Context, dir string) error {
 	if err := v.hangUpForGood(ctx); err != nil {
 		return err
 	}
+	v.setPaused(true)
 	if err := v.control.execute(ctx, "stop", nil, nil); err != nil {
 		return err
 	}
@@ -88,7 +89,16 @@ func (v *vm) restore(ctx context.Context) error {
 	if err := v.migrate(ctx, "migrate-incoming", state); err != nil {
 		return err
 	}
-	return v.control.execute(ctx, "cont", nil, nil)
+	err = v.control.execute(ctx, "cont", nil, nil)
+	v.setPaused(false)
+	return err
+}
+
+// setPaused says whose doing it is when the guest stops.
+func (v *vm) setPaused(paused bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.paused = paused
 }
 
 // migrate runs a migration to or from a file and waits for its end.

@@ -36,6 +36,7 @@ type vm struct {
 	state   chan string              // migration states, while one goes on
 	session *serialmux.Session
 	again   bool  // the guest may have a session with a former host, or have been cloned in one
+	paused  bool  // by us, for a snapshot or until a clone runs
 	cause   error // why it ends
 }
 
@@ -46,7 +47,7 @@ func newVM(c vmm.Config, s shape, p *process.Process, l tail.Pair) *vm {
 		info:  vmm.Info{PID: p.PID(), Size: s.Size},
 		disks: map[string]bool{}, removed: map[string]chan struct{}{},
 	}
-	v.again = c.Template != ""
+	v.again, v.paused = c.Template != "", c.Template != ""
 	v.dialing <- struct{}{}
 	return v
 }
@@ -206,6 +207,13 @@ func (v *vm) event(name string, data json.RawMessage) {
 			v.doom(errors.New("the guest's kernel panicked"))
 		} else {
 			v.doom(fmt.Errorf("the guest ended itself (%s)", d.Reason))
+		}
+	case "STOP":
+		v.mu.Lock()
+		ours := v.paused
+		v.mu.Unlock()
+		if !ours { // KVM can't run the guest, or a disk failed
+			v.doom(errors.New("QEMU stopped the guest"))
 		}
 	case "DEVICE_DELETED":
 		v.deleted(d.Device)

@@ -1,0 +1,223 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/imagestore"
+	"github.com/caisson-vm/caisson/metrics"
+	"github.com/caisson-vm/caisson/network"
+	"github.com/caisson-vm/caisson/podvm"
+	"github.com/caisson-vm/caisson/podvm/guestimage"
+	"github.com/caisson-vm/caisson/podvm/state"
+	"github.com/caisson-vm/caisson/podvm/template"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/server"
+)
+
+// serve runs the daemon until it is asked to end. Pods run on.
+func serve(ctx context.Context, args []string) error {
+	c, err := configFlag("serve", args)
+	if err != nil {
+		return err
+	}
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.Log.Level})))
+	lock, err := state.Acquire(c.Root)
+	if err != nil {
+		return err
+	}
+	defer lock.Release()
+	d, err := newDaemon(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	return d.run(ctx)
+}
+
+// node is the daemon's parts.
+type node struct {
+	config    Config
+	images    *imagestore.Store
+	pods      *podvm.Manager
+	metrics   *metrics.Metrics
+	cri       *server.Server
+	templates *template.Store
+}
+
+func newDaemon(ctx context.Context, c Config) (*node, error) {
+	g, err := guestimage.Open(c.Guest)
+	if err != nil {
+		return nil, err
+	}
+	found, err := chooseDriver(ctx, c, g)
+	if err != nil {
+		return nil, err
+	}
+	slog.Info("driver", "name", found.driver.Name(), "version", found.version, "reason", found.reason, "guest", g.Version)
+	d := &node{config: c, metrics: metrics.New(version, found.driver.Name(), g.Version)}
+	d.images, err = imagestore.Open(imagestore.Options{
+		Root: filepath.Join(c.Root, "images"), Pinned: c.Images.Pinned,
+		RegistriesConf: c.Images.RegistriesConf, Policy: c.Images.Policy, Pulled: d.metrics.ObservePull,
+	})
+	if err != nil {
+		return nil, err
+	}
+	cni := network.New(network.Options{
+		ConfDir: c.CNI.ConfDir, BinDirs: c.CNI.BinDirs,
+		CacheDir: filepath.Join(c.Root, "cni"), NetNSDir: filepath.Join(c.State, "netns"),
+	})
+	if err := d.makePods(c, g, found, cni); err != nil {
+		d.images.Close()
+		return nil, err
+	}
+	d.cri, err = server.New(ctx, server.Options{
+		Pods: server.Manage(d.pods), Images: d.images, Network: cni.Status, Root: c.Root, Version: version,
+		Info:     map[string]any{"config": c, "driver": found.driver.Name(), "driverVersion": found.version, "driverReason": found.reason, "guest": g},
+		Observer: d.metrics,
+	})
+	if err != nil {
+		d.images.Close()
+		return nil, errors.Join(err, d.pods.Close())
+	}
+	d.metrics.Collect(d.sources())
+	return d, nil
+}
+
+// makePods makes the templates and the manager of pods.
+func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network.CNI) (err error) {
+	size := vmm.Size{CPUs: c.VM.CPUs, Memory: int64(c.VM.Memory)}
+	most := vmm.Size{CPUs: c.VM.MaxCPUs, Memory: int64(c.VM.MaxMemory)}
+	if most.CPUs == 0 {
+		most.CPUs = runtime.NumCPU()
+	}
+	if most.Memory == 0 {
+		most.Memory = nodeMemory()
+	}
+	most.CPUs, most.Memory = max(most.CPUs, size.CPUs), max(most.Memory, size.Memory)
+	o := podvm.Options{
+		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
+		Scope: c.VM.Template, Size: size, Max: most, Scratch: int64(c.VM.Scratch), Observer: d.metrics,
+	}
+	if c.VM.Template != "pod" {
+		d.templates, err = template.New(template.Options{
+			Dir: filepath.Join(c.Root, "templates"), Run: c.State, Driver: found.driver,
+			Depends: []string{found.version, g.Version, hostKernel()},
+			Config:  vmm.Config{Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most},
+		})
+		if err != nil {
+			return err
+		}
+		o.Templates = d.templates
+	}
+	d.pods, err = podvm.New(o)
+	return err
+}
+
+func (d *node) sources() metrics.Sources {
+	return metrics.Sources{
+		Pods: func() (all []podvm.PodStatus) {
+			for _, p := range d.pods.Pods() {
+				all = append(all, p.Status())
+			}
+			return all
+		},
+		Containers: func() (all []podvm.ContainerStatus) {
+			for _, c := range d.pods.Containers() {
+				all = append(all, c.Status())
+			}
+			return all
+		},
+		Images: func() (int, uint64, error) {
+			u, err := d.images.Usage()
+			return len(d.images.Images()), u.Bytes, err
+		},
+		Templates: func() (int, int64) {
+			if d.templates == nil {
+				return 0, 0
+			}
+			return d.templates.Usage()
+		},
+	}
+}
+
+// run recovers the pods, then listens.
+func (d *node) run(ctx context.Context) error {
+	if d.templates != nil && d.config.VM.Template != "namespace" {
+		go d.templates.Template(ctx, "") // made before the first pod asks, if it can be
+	}
+	if err := d.pods.Recover(ctx); err != nil {
+		return err
+	}
+	failed := make(chan error, 2)
+	if err := d.serveMetrics(failed); err != nil {
+		return err
+	}
+	l, err := server.Listen(ctx, d.config.Listen)
+	if err != nil {
+		return err
+	}
+	go func() { failed <- d.cri.Serve(l) }()
+	slog.Info("serving the CRI", "listen", d.config.Listen, "version", version)
+	daemon.SdNotify(false, daemon.SdNotifyReady) // an error says that nobody waits for it
+	select {
+	case <-ctx.Done():
+		daemon.SdNotify(false, daemon.SdNotifyStopping)
+		slog.Info("ending; pods run on")
+		return nil
+	case err := <-failed:
+		return err
+	}
+}
+
+func (d *node) serveMetrics(failed chan<- error) error {
+	if d.config.Metrics.Listen == "" {
+		return nil
+	}
+	l, err := net.Listen("tcp", d.config.Metrics.Listen)
+	if err != nil {
+		return fmt.Errorf("metrics.listen: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", d.metrics.Handler())
+	s := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	slog.Info("serving metrics", "listen", l.Addr().String())
+	go func() { failed <- s.Serve(l) }()
+	return nil
+}
+
+func (d *node) close() {
+	if err := errors.Join(d.cri.Close(), d.pods.Close()); err != nil {
+		slog.Error("end", "err", err)
+	}
+	d.images.Close()
+}
+
+// nodeMemory is the machine's, in bytes.
+func nodeMemory() int64 {
+	var info unix.Sysinfo_t
+	if unix.Sysinfo(&info) != nil {
+		return 0
+	}
+	return int64(info.Totalram) * int64(info.Unit)
+}
+
+// hostKernel is the release of the node's kernel, whose KVM a template's state comes from.
+func hostKernel() string {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}

@@ -1,0 +1,135 @@
+// Package metrics is the daemon's Prometheus endpoint. Every metric is declared in families below,
+// which docs/METRICS.md is made from; labels have few values, none of them from pods or images.
+package metrics
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/caisson-vm/caisson/imagestore"
+	"github.com/caisson-vm/caisson/podvm"
+)
+
+// family declares a metric.
+type family struct {
+	name, kind, help string
+	labels           []string
+	buckets          []float64
+}
+
+// The metrics, by what they tell.
+var (
+	calls = family{"caisson_cri_request_duration_seconds", "histogram",
+		"Time that CRI calls took, by method and gRPC code.", []string{"method", "code"}, exponential}
+	phases = family{"caisson_pod_start_phase_duration_seconds", "histogram",
+		"Time that the phases of a pod's start took; phases overlap, \"total\" is all of it.", []string{"phase"}, exponential}
+	pulls = family{"caisson_image_pull_duration_seconds", "histogram",
+		"Time that image pulls took, by result: ok, cached (only the manifest was fetched) or error.", []string{"result"}, minutes}
+	downloaded = family{"caisson_image_download_bytes_total", "counter",
+		"Bytes of image layers received from registries.", nil, nil}
+	fallbacks = family{"caisson_template_fallbacks_total", "counter",
+		"Pods that were booted cold because no clone of a template could be had. The log says why.", nil, nil}
+	build = family{"caisson_build_info", "gauge",
+		"1, with the daemon's version, the VM driver in use and the version of the guest.", []string{"version", "driver", "guest"}, nil}
+
+	pods = family{"caisson_pods", "gauge",
+		"Pods, by state and VM driver.", []string{"state", "driver"}, nil}
+	containers = family{"caisson_containers", "gauge",
+		"Containers, by state.", []string{"state"}, nil}
+	vmmMemory = family{"caisson_vmm_memory_bytes", "gauge",
+		"Memory of all VMM processes with their guests: proportional set size, in which pages that pods share count once.", []string{"driver"}, nil}
+	vmmCPU = family{"caisson_vmm_cpu_seconds_total", "counter",
+		"CPU time of all VMM processes with their guests, those that have ended included as far as they were seen.", []string{"driver"}, nil}
+	images = family{"caisson_images", "gauge",
+		"Images in the store.", nil, nil}
+	storeBytes = family{"caisson_image_store_bytes", "gauge",
+		"What the image store takes on the disk.", nil, nil}
+	templates = family{"caisson_templates", "gauge",
+		"Templates that pods are cloned from.", nil, nil}
+	templateBytes = family{"caisson_template_bytes", "gauge",
+		"What the templates take on the disk.", nil, nil}
+)
+
+// families is all of them, in the order of docs/METRICS.md.
+var families = []family{
+	calls, phases, pods, containers, vmmMemory, vmmCPU, pulls, downloaded, images, storeBytes, templates, templateBytes, fallbacks, build,
+}
+
+// Buckets in seconds.
+var (
+	exponential = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+	minutes     = []float64{.1, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600}
+)
+
+func (f family) desc() *prometheus.Desc {
+	return prometheus.NewDesc(f.name, f.help, f.labels, nil)
+}
+
+func (f family) histogram() *prometheus.HistogramVec {
+	return prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: f.name, Help: f.help, Buckets: f.buckets}, f.labels)
+}
+
+func (f family) counter() prometheus.Counter {
+	return prometheus.NewCounter(prometheus.CounterOpts{Name: f.name, Help: f.help})
+}
+
+// Metrics counts what happens. Its methods may be called concurrently.
+type Metrics struct {
+	registry              *prometheus.Registry
+	calls, phases, pulls  *prometheus.HistogramVec
+	downloaded, fallbacks prometheus.Counter
+}
+
+// New makes the metrics of one daemon. version, driver and guest are for caisson_build_info.
+func New(version, driver, guest string) *Metrics {
+	m := &Metrics{
+		registry: prometheus.NewRegistry(),
+		calls:    calls.histogram(), phases: phases.histogram(), pulls: pulls.histogram(),
+		downloaded: downloaded.counter(), fallbacks: fallbacks.counter(),
+	}
+	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: build.name, Help: build.help}, build.labels)
+	info.WithLabelValues(version, driver, guest).Set(1)
+	m.registry.MustRegister(m.calls, m.phases, m.pulls, m.downloaded, m.fallbacks, info,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// Collect adds the state of pods and stores, which is read at each scrape.
+func (m *Metrics) Collect(s Sources) { m.registry.MustRegister(newCollector(s)) }
+
+// Handler serves the metrics.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry, EnableOpenMetrics: true, MaxRequestsInFlight: 4, Timeout: 30 * time.Second})
+}
+
+// ObserveCall implements server.Observer.
+func (m *Metrics) ObserveCall(method, code string, took time.Duration) {
+	m.calls.WithLabelValues(method, code).Observe(took.Seconds())
+}
+
+// ObservePull takes the end of an image pull; it fits imagestore.Options.Pulled.
+func (m *Metrics) ObservePull(r imagestore.PullResult) {
+	result := "ok"
+	switch {
+	case r.Err != nil:
+		result = "error"
+	case r.Cached:
+		result = "cached"
+	}
+	m.pulls.WithLabelValues(result).Observe(r.Took.Seconds())
+	m.downloaded.Add(float64(r.Downloaded))
+}
+
+// ObserveStart takes the phases of a pod's start.
+func (m *Metrics) ObserveStart(all []podvm.Phase) {
+	for _, p := range all {
+		m.phases.WithLabelValues(p.Name).Observe(p.Took.Seconds())
+	}
+}
+
+// ObserveFallback counts a pod that was booted cold although it should have been a clone.
+func (m *Metrics) ObserveFallback() { m.fallbacks.Inc() }
