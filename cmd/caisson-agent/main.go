@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/caisson-vm/caisson/podvm/agent/guest"
+	"github.com/caisson-vm/caisson/podvm/agent/guest"
 	"github.com/caisson-vm/caisson/podvm/agent/guest/boot"
 )
 
@@ -30,16 +31,17 @@ func main() {
 	boot.Fatal(run(context.Background()))
 }
 
+// run serves the pod as long as the VM lives; it returns only when that is impossible.
 func run(ctx context.Context) error {
 	g, err := boot.Init()
 	if err != nil {
 		return err
 	}
-	serve, err := server()
+	a, err := guest.New(guest.Options{Version: version})
 	if err != nil {
 		return err
 	}
-	if err := g.Serve(ctx, serve); err != nil {
+	if err := g.Serve(ctx, a.Serve); err != nil {
 		return err
 	}
 	return errors.New("all channels to the host were closed")

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 
@@ -31,6 +32,8 @@ type Options struct {
 	// NoCgroups runs containers without cgroups of their own, for tests where there are none.
 	NoCgroups bool
 }
+
+const searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // Agent runs one pod's containers.
 type Agent struct {
@@ -58,6 +61,15 @@ func New(o Options) (*Agent, error) {
 	if o.Crun == "" {
 		o.Crun = "crun"
 	}
+	// The kernel gives its first process no PATH.
+	if os.Getenv("PATH") == "" {
+		os.Setenv("PATH", searchPath)
+	}
+	crun, err := exec.LookPath(o.Crun)
+	if err != nil {
+		return nil, fmt.Errorf("find the container runtime: %w", err)
+	}
+	o.Crun = crun
 	for _, dir := range []string{"containers", "crun", "disks", "files", "layers", "volumes"} {
 		if err := os.MkdirAll(filepath.Join(o.Root, dir), 0o711); err != nil {
 			return nil, err
@@ -71,7 +83,7 @@ func New(o Options) (*Agent, error) {
 	a.disks = newDisks(a.path("disks"))
 	a.files = newFileSets(a.path("files"))
 	a.vols = newVolumes(a.path("volumes"))
-	a.pid.agent = a
+	a.pid = podPID{agent: a, turn: make(chan struct{}, 1)}
 	return a, nil
 }
 

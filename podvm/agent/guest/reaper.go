@@ -49,28 +49,36 @@ func newReaper() (*reaper, error) {
 
 // reap collects all children that have ended.
 func (r *reaper) reap() {
-	for {
-		var status unix.WaitStatus
-		pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil || pid <= 0 {
-			return
-		}
-		r.ended(pid, exit{status})
+	for r.reapOne() {
 	}
 }
 
-func (r *reaper) ended(pid int, e exit) {
+// reapOne waits and delivers under the lock, so that kill never meets the pid of a later process.
+func (r *reaper) reapOne() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	var status unix.WaitStatus
+	pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
+	if err != nil || pid <= 0 {
+		return err == unix.EINTR
+	}
 	if w, ok := r.waiters[pid]; ok {
 		delete(r.waiters, pid)
-		w <- e
+		w <- exit{status}
 	} else if r.starts > 0 {
-		r.orphans[pid] = e
+		r.orphans[pid] = exit{status}
 	}
+	return true
+}
+
+// kill sends a signal to a claimed process. One that has ended is no error.
+func (r *reaper) kill(pid int, claimed <-chan exit, sig unix.Signal) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if w, ok := r.waiters[pid]; !ok || (<-chan exit)(w) != claimed {
+		return nil
+	}
+	return unix.Kill(pid, sig)
 }
 
 // begin keeps exits until end, so that those of processes started in between can be claimed.

@@ -21,7 +21,7 @@ import (
 // shmSize is the size of a pod's /dev/shm where none is given, in bytes.
 const shmSize = 64 << 20
 
-// setup makes this guest the pod's. The clock and the entropy come first: nothing of the pod may
+// doSetup makes this guest the pod's. The clock and the entropy come first: nothing of the pod may
 // see those of the template.
 func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.SetupResponse, error) {
 	if done, err := a.begun(req.PodId); done != nil || err != nil {

@@ -1,0 +1,148 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// errorMax bounds what is read of crun's messages, in bytes.
+const errorMax = 4 << 10
+
+// crun runs crun with a command, and returns its own message if it fails. files are its
+// descriptors from 0 on, and so those of a process that it starts.
+func (a *Agent) crun(ctx context.Context, files []*os.File, args ...string) error {
+	log, err := os.CreateTemp(a.path("crun"), "log-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(log.Name())
+	defer log.Close()
+	manager := "cgroupfs"
+	if a.o.NoCgroups {
+		manager = "disabled"
+	}
+	argv := append([]string{a.o.Crun, "--root=" + a.path("crun", "state"), "--cgroup-manager=" + manager, "--log=file:" + log.Name()}, args...)
+	if files == nil {
+		files = make([]*os.File, 3)
+	}
+	pid, ended, err := a.reaper.start(argv, []string{"PATH=" + searchPath}, files, nil)
+	if err != nil {
+		return err
+	}
+	var e exit
+	select {
+	case e = <-ended:
+	case <-ctx.Done():
+		a.reaper.kill(pid, ended, unix.SIGKILL)
+		<-ended
+		return fmt.Errorf("crun %s: %w", args[0], context.Cause(ctx))
+	}
+	if e.code() == 0 {
+		return nil
+	}
+	return crunError(args[0], log, e)
+}
+
+// crunError makes an error of what crun wrote.
+func crunError(command string, log io.Reader, e exit) error {
+	text, err := io.ReadAll(io.LimitReader(log, errorMax))
+	if err != nil {
+		return err
+	}
+	lines := bytes.Split(bytes.TrimSpace(text), []byte("\n"))
+	message := logPrefix.ReplaceAllString(string(lines[len(lines)-1]), "")
+	if message == "" {
+		return fmt.Errorf("crun %s ended with code %d without a word", command, e.code())
+	}
+	return kindOf(message)
+}
+
+// logPrefix is a time that crun may write before its message.
+var logPrefix = regexp.MustCompile(`^\S*\d\d:\d\d:\d\d\S* |^time="[^"]*" level=\S+ msg=`)
+
+// notExecutable is crun's message for a command that is not there.
+var notExecutable = regexp.MustCompile("executable file [`'\"](.*)[`'\"] not found in \\$PATH")
+
+// kindOf finds the errdefs kind of a message. For commands that are not there it uses the words
+// that the kubelet's users know.
+func kindOf(message string) error {
+	if m := notExecutable.FindStringSubmatch(message); m != nil {
+		return fmt.Errorf("exec: %q: executable file not found in $PATH: %w", m[1], errdefs.ErrNotFound)
+	}
+	kind := error(errdefs.ErrUnknown)
+	switch {
+	case strings.Contains(message, "is not running"), strings.Contains(message, "does not exist"):
+		kind = errdefs.ErrFailedPrecondition
+	case strings.Contains(message, "No such file or directory"):
+		kind = errdefs.ErrNotFound
+	case strings.Contains(message, "No space left"), strings.Contains(message, "Cannot allocate memory"):
+		kind = errdefs.ErrResourceExhausted
+	case strings.Contains(message, "Invalid argument"), strings.Contains(message, "Permission denied"):
+		kind = errdefs.ErrInvalidArgument
+	}
+	return fmt.Errorf("%s: %w", message, kind)
+}
+
+// readPID reads a pid file.
+func readPID(file string) (int, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid <= 0 {
+		return 0, errors.New("crun wrote no pid to " + filepath.Base(file))
+	}
+	return pid, nil
+}
+
+// spawned is a process that crun started in a container.
+type spawned struct {
+	pid   int
+	ended <-chan exit
+}
+
+// spawn runs crun with a command that starts a process, a container's or an exec's: args, then the
+// options for its pid file and terminal, then rest. With tty, s gets the terminal.
+func (a *Agent) spawn(ctx context.Context, dir string, tty bool, s *stdio, args, rest []string) (spawned, error) {
+	defer s.started()
+	pidFile := filepath.Join(dir, "pid")
+	args = append(args, "--pid-file="+pidFile)
+	defer a.reaper.begin()()
+	var socket *consoleSocket
+	if tty {
+		var err error
+		if socket, err = listenConsole(filepath.Join(dir, "tty")); err != nil {
+			return spawned{}, err
+		}
+		defer socket.close()
+		args = append(args, "--console-socket="+socket.path)
+	}
+	if err := a.crun(ctx, s.theirs, append(args, rest...)...); err != nil {
+		return spawned{}, err
+	}
+	pid, err := readPID(pidFile)
+	if err != nil {
+		return spawned{}, err
+	}
+	p := spawned{pid, a.reaper.claim(pid)}
+	if tty {
+		// crun has connected and sent before it ended.
+		if s.console, err = socket.receive(ctx); err != nil {
+			a.reaper.kill(pid, p.ended, unix.SIGKILL)
+			return spawned{}, err
+		}
+	}
+	return p, nil
+}

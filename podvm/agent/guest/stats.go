@@ -1,0 +1,195 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// stats reads what the pod uses now.
+func (a *Agent) stats(ctx context.Context) (*agent.StatsResponse, error) {
+	resp := &agent.StatsResponse{TimestampNs: time.Now().UnixNano()}
+	if !a.o.NoCgroups {
+		resp.Pod = cgroupStats(podCgroup)
+	}
+	resp.MemoryTotal, resp.MemoryAvailable = memory()
+	for _, c := range a.living() {
+		s := &agent.ContainerStats{Id: c.id}
+		if !a.o.NoCgroups && c.now().State != agent.State_STATE_EXITED {
+			s.Cgroup = cgroupStats(c.cgroupDir())
+		}
+		var err error
+		if s.LayerBytes, s.LayerInodes, err = diskUsage(ctx, filepath.Join(c.layer, "upper")); err != nil {
+			return nil, fmt.Errorf("size of the writable layer of %s: %w", c.id, err)
+		}
+		resp.Containers = append(resp.Containers, s)
+	}
+	for _, v := range a.vols.all() {
+		bytes, inodes, err := v.usage(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("size of the volume %s: %w", v.name, err)
+		}
+		resp.Volumes = append(resp.Volumes, &agent.VolumeStats{Name: v.name, Bytes: bytes, Inodes: inodes})
+	}
+	var err error
+	resp.Network, err = netStats()
+	return resp, err
+}
+
+// living are the containers that were created.
+func (a *Agent) living() []*container {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var all []*container
+	for _, c := range a.containers {
+		if c.now() != nil {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// cgroupStats reads a cgroup's files; what the kernel does not have is 0.
+func cgroupStats(dir string) *agent.Cgroup {
+	file := func(name string) string { return readFile(filepath.Join(dir, name)) }
+	memory := file("memory.stat")
+	c := &agent.Cgroup{
+		CpuUsageNs:      keyed(file("cpu.stat"), "usage_usec") * 1000,
+		MemoryUsage:     number(file("memory.current")),
+		MemoryRss:       keyed(memory, "anon"),
+		MemoryLimit:     number(file("memory.max")),
+		PageFaults:      keyed(memory, "pgfault"),
+		MajorPageFaults: keyed(memory, "pgmajfault"),
+		SwapUsage:       number(file("memory.swap.current")),
+		Pids:            number(file("pids.current")),
+		CpuPsi:          pressure(file("cpu.pressure")),
+		MemoryPsi:       pressure(file("memory.pressure")),
+		IoPsi:           pressure(file("io.pressure")),
+	}
+	// What the kernel would take back first does not count as in use, as in cAdvisor.
+	if inactive := keyed(memory, "inactive_file"); inactive < c.MemoryUsage {
+		c.MemoryWorkingSet = c.MemoryUsage - inactive
+	}
+	return c
+}
+
+// pressure reads a PSI file. Source: Documentation/accounting/psi.rst of the Linux kernel.
+func pressure(text string) *agent.PSI {
+	if text == "" {
+		return nil
+	}
+	p := &agent.PSI{Some: &agent.PSIData{}, Full: &agent.PSIData{}}
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		if len(fields) == 0 {
+			continue
+		}
+		d := p.Some
+		if fields[0] == "full" {
+			d = p.Full
+		}
+		for _, field := range fields[1:] {
+			key, value, _ := strings.Cut(field, "=")
+			switch key {
+			case "avg10":
+				d.Avg10 = fraction(value)
+			case "avg60":
+				d.Avg60 = fraction(value)
+			case "avg300":
+				d.Avg300 = fraction(value)
+			case "total":
+				d.TotalUs = number(value)
+			}
+		}
+	}
+	return p
+}
+
+func fraction(s string) float64 {
+	f, err := strconv.ParseFloat(s, 64)
+	if err != nil {
+		return 0
+	}
+	return f
+}
+
+// memory is the guest's, in bytes.
+func memory() (total, available uint64) {
+	for line := range strings.Lines(readFile("/proc/meminfo")) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		switch fields[0] {
+		case "MemTotal:":
+			total = number(fields[1]) << 10
+		case "MemAvailable:":
+			available = number(fields[1]) << 10
+		}
+	}
+	return total, available
+}
+
+func netStats() ([]*agent.NetStats, error) {
+	links, err := netlink.LinkList()
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("network counters: %w", err)
+	}
+	var all []*agent.NetStats
+	for _, link := range links {
+		attrs := link.Attrs()
+		s := attrs.Statistics
+		if attrs.Name == "lo" || s == nil {
+			continue
+		}
+		all = append(all, &agent.NetStats{Name: attrs.Name, RxBytes: s.RxBytes, RxErrors: s.RxErrors, TxBytes: s.TxBytes, TxErrors: s.TxErrors})
+	}
+	return all, nil
+}
+
+// usage is what an emptyDir takes, in bytes.
+func (v volume) usage(ctx context.Context) (bytes, inodes uint64, err error) {
+	if !v.memory {
+		return diskUsage(ctx, v.dir)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(v.dir, &st); err != nil {
+		return 0, 0, err
+	}
+	return (st.Blocks - st.Bfree) * uint64(st.Bsize), st.Files - st.Ffree, nil
+}
+
+// diskUsage adds up a directory, as du does: files with several links count once.
+func diskUsage(ctx context.Context, dir string) (bytes, inodes uint64, err error) {
+	linked := make(map[uint64]bool)
+	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // deleted meanwhile
+		} else if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if unix.Lstat(path, &st) != nil {
+			return nil
+		}
+		if st.Nlink > 1 && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			if linked[st.Ino] {
+				return nil
+			}
+			linked[st.Ino] = true
+		}
+		bytes += uint64(st.Blocks) * 512
+		inodes++
+		return ctx.Err()
+	})
+	return bytes, inodes, err
+}
