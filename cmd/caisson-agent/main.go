@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 
 	"github.com/caisson-vm/caisson/podvm/agent/guest"
-	"github.com/caisson-vm/caisson/podvm/agent/guest"
 	"github.com/caisson-vm/caisson/podvm/agent/guest/boot"
 )
 
