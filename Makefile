@@ -20,8 +20,8 @@ agent:
 	go build $(GOFLAGS) -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/caisson-agent ./cmd/caisson-agent
 
 # Kernel and initramfs from Debian packages; needs apt and dpkg-deb, changes nothing on the host.
-guest: agent
-	go run $(GOFLAGS) ./podvm/guestimage/guestbuild build/guest bin/caisson-agent $(KERNEL)
+guest: build
+	bin/caissond guest build --output build/guest --agent bin/caisson-agent --kernel "$(KERNEL)"
 
 # The guest's kernel from Debian's source package, small, with its drivers built in. Takes minutes.
 guest-kernel:
