@@ -186,8 +186,8 @@ func podInfo(s podvm.PodStatus) (map[string]string, error) {
 			"reason":  s.Reason,
 			"message": s.Message,
 			"config":  s.Config,
+			"phases":  phases,
 		},
-		"phases": phases,
 	})
 }
 

@@ -114,19 +114,16 @@ func checkPodStatus(t *testing.T, r *cri.PodSandboxStatusResponse, container str
 	if len(r.GetContainersStatuses()) != 1 || r.GetContainersStatuses()[0].GetId() != container || r.GetTimestamp() == 0 {
 		t.Errorf("pod's containers: %v at %d", r.GetContainersStatuses(), r.GetTimestamp())
 	}
-	var phases []struct {
-		Name string  `json:"name"`
-		Ms   float64 `json:"ms"`
-	}
-	if err := json.Unmarshal([]byte(r.GetInfo()["phases"]), &phases); err != nil || len(phases) != 1 || phases[0].Name != "boot" || phases[0].Ms != 1.5 {
-		t.Errorf("phases: %s, %v", r.GetInfo()["phases"], err)
-	}
 	var info struct {
+		Phases []struct {
+			Name string  `json:"name"`
+			Ms   float64 `json:"ms"`
+		} `json:"phases"`
 		PID    int             `json:"pid"`
 		Driver string          `json:"driver"`
 		Config podvm.PodConfig `json:"config"`
 	}
-	if err := json.Unmarshal([]byte(r.GetInfo()["info"]), &info); err != nil || info.PID != 4242 || info.Driver != "fake" || info.Config.Name != "web-0" {
+	if err := json.Unmarshal([]byte(r.GetInfo()["info"]), &info); err != nil || info.PID != 4242 || info.Driver != "fake" || info.Config.Name != "web-0" || len(info.Phases) != 1 || info.Phases[0].Name != "boot" || info.Phases[0].Ms != 1.5 {
 		t.Errorf("info: %s, %v", r.GetInfo()["info"], err)
 	}
 }
