@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -18,7 +17,6 @@ import (
 	"github.com/caisson-vm/caisson/imagestore"
 	"github.com/caisson-vm/caisson/network"
 	"github.com/caisson-vm/caisson/podvm/guestimage"
-	"github.com/caisson-vm/caisson/podvm/state"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
@@ -73,7 +71,6 @@ type Options struct {
 type Manager struct {
 	o       Options
 	layout  layout
-	lock    *state.Lock
 	scratch *scratch
 	syncer  *syncer
 	events  broker
@@ -106,31 +103,23 @@ const (
 	opLimit    = 2 * time.Minute
 )
 
-// New makes a Manager and takes the lock on its root; a second daemon is refused.
+// New makes a Manager. Its caller holds the lock on Root.
 func New(o Options) (*Manager, error) {
-	lock, err := state.Acquire(o.Root)
-	if err != nil {
-		return nil, err
-	}
 	m := &Manager{
-		o: o, layout: layout{o.Root, o.State}, lock: lock,
+		o: o, layout: layout{o.Root, o.State},
 		pods: map[string]*Pod{}, containers: map[string]*Container{}, names: map[podName]*start{},
 	}
 	for _, dir := range []string{m.layout.pods(), o.State} {
-		if err == nil {
-			err = os.MkdirAll(dir, 0o700)
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("folders of pods: %w", noSpace(err, dir))
 		}
 	}
-	if err == nil {
-		m.scratch, err = newScratch(o.Root, o.Scratch)
+	var err error
+	if m.scratch, err = newScratch(o.Root, o.Scratch); err != nil {
+		return nil, err
 	}
-	if err == nil {
-		m.syncer, err = newSyncer()
-	}
-	if err != nil {
-		return nil, errors.Join(err, lock.Release())
-	}
-	return m, nil
+	m.syncer, err = newSyncer()
+	return m, err
 }
 
 // Close lets go of everything; VMs and their containers run on.
@@ -138,7 +127,7 @@ func (m *Manager) Close() error {
 	for _, p := range m.Pods() {
 		p.detach()
 	}
-	return errors.Join(m.syncer.close(), m.lock.Release())
+	return m.syncer.close()
 }
 
 // Events returns what happens from now on. The channel is closed when ctx ends, or when its reader
