@@ -1,6 +1,7 @@
 package guestimage_test
 
 import (
+	"bytes"
 	"context"
 	"net"
 	"os"
@@ -13,7 +14,6 @@ import (
 	"github.com/caisson-vm/caisson/internal/serialmux"
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/guestimage"
-	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
 // buildAgent compiles the agent as the Makefile does.
@@ -66,23 +66,29 @@ func TestBuildBoots(t *testing.T) {
 		t.Fatalf("%v; console: %s", err, text)
 	}
 	defer session.Close()
-	stream, err := session.Open(vmm.AgentPort)
+	client := agent.NewClient(dialer{session})
+	defer client.Close()
+	rpc, err := client.RPC(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer stream.Close()
-	if err := agent.WriteMessage(stream, agent.Header{Kind: "nonsense"}); err != nil {
+	reply, err := rpc.Setup(ctx, &agent.SetupRequest{
+		PodId: strings.Repeat("a", 64), Hostname: "pod", ClockNs: time.Now().UnixNano(),
+		Entropy: bytes.Repeat([]byte{7}, 64), MachineId: strings.Repeat("b", 32),
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
-	var reply agent.Reply
-	if err := agent.ReadMessage(stream, &reply); err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("from QEMU's start to the agent's answer: %v", time.Since(start))
-	if !strings.Contains(reply.Error, "nonsense") {
-		t.Errorf("the agent took a stream of an unknown kind: %+v", reply)
+	t.Logf("from QEMU's start to the agent's answer to Setup: %v", time.Since(start))
+	m, err := os.ReadFile(filepath.Join(files.Dir, "manifest.json"))
+	if err != nil || !strings.Contains(string(m), `"kernel": "`+reply.Kernel+`"`) {
+		t.Errorf("the guest runs Linux %s, its manifest says %s, %v", reply.Kernel, m, err)
 	}
 }
+
+type dialer struct{ session *serialmux.Session }
+
+func (d dialer) Dial(_ context.Context, port uint32) (net.Conn, error) { return d.session.Open(port) }
 
 // boot starts a VM with the least it needs, and returns its serial channel and console's file.
 func boot(t *testing.T, files guestimage.Files) (net.Conn, string) {
