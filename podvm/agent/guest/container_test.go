@@ -82,7 +82,7 @@ func (r *run) wait() *agent.ContainerState {
 	}
 }
 
-// logs reads all output until the container's end; it acknowledges as it goes.
+// logs reads all output until the container's end, and acknowledges it as it goes.
 func (r *run) logs() (stdout, stderr string) {
 	r.t.Helper()
 	o, err := r.c.Output(r.ctx, r.id, 0)
@@ -91,7 +91,7 @@ func (r *run) logs() (stdout, stderr string) {
 	}
 	defer o.Close()
 	var out, errs strings.Builder
-	for {
+	for n := 1; ; n++ {
 		rec, err := o.Next()
 		if err == io.EOF {
 			return out.String(), errs.String()
@@ -106,8 +106,10 @@ func (r *run) logs() (stdout, stderr string) {
 		if !rec.Partial {
 			w.WriteByte('\n')
 		}
-		if err := o.Ack(rec.Offset + agent.RecordSize(len(rec.Line))); err != nil {
-			r.t.Fatal(err)
+		if n%500 == 0 {
+			if err := o.Ack(rec.Offset + agent.RecordSize(len(rec.Line))); err != nil {
+				r.t.Fatal(err)
+			}
 		}
 	}
 }

@@ -39,9 +39,11 @@ func (c *container) complete(s *specs.Spec, rootfs string, readonly bool, who ac
 	if p.Cwd == "" {
 		p.Cwd = "/"
 	}
-	if !slices.ContainsFunc(p.Env, func(v string) bool { return strings.HasPrefix(v, "HOME=") }) {
+	if home(p.Env) == "" {
 		p.Env = append(p.Env, "HOME="+who.home)
 	}
+	// They are for the host's users to read, not for crun to follow.
+	s.Annotations = nil
 	s.Linux.Namespaces = slices.DeleteFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool {
 		switch n.Type {
 		case specs.UserNamespace:
@@ -55,6 +57,16 @@ func (c *container) complete(s *specs.Spec, rootfs string, readonly bool, who ac
 	if ns := c.pidNS; ns != nil {
 		s.Linux.Namespaces = append(s.Linux.Namespaces, *ns)
 	}
+}
+
+// home finds the setting of HOME.
+func home(env []string) string {
+	for _, v := range env {
+		if strings.HasPrefix(v, "HOME=") {
+			return v
+		}
+	}
+	return ""
 }
 
 // standard are the mounts that every container has, unless its spec has its own there.
@@ -128,6 +140,9 @@ func execProcess(base *specs.Process, h agent.Header) ([]byte, error) {
 	}
 	if p.Cwd == "" {
 		p.Cwd = base.Cwd
+	}
+	if home(p.Env) == "" {
+		p.Env = append(p.Env, home(base.Env))
 	}
 	p.Terminal = h.TTY
 	return json.Marshal(p)
