@@ -126,7 +126,7 @@ func (t tree) writePacked(out io.Writer) error {
 	for plain.Len() > 0 {
 		part := plain.Next(blockSize)
 		block := make([]byte, 4+lz4.CompressBlockBound(len(part)))
-		n, err := lz4.CompressBlockHC(part, block[4:], lz4.Level9, nil, nil)
+		n, err := lz4.CompressBlock(part, block[4:], nil)
 		if err != nil {
 			return fmt.Errorf("compress initramfs: %w", err)
 		}

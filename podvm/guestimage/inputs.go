@@ -29,15 +29,15 @@ func gather(ctx context.Context, o BuildOptions) (in inputs, err error) {
 	} else if err != nil {
 		return in, err
 	}
+	if o.Kernel == "" {
+		in.crun, in.kernel, err = packages(ctx, o.KernelPackage)
+		return in, err
+	}
 	crun, err := candidates(ctx, "crun")
 	if err != nil {
 		return in, err
 	}
 	in.crun = crun[0]
-	if o.Kernel == "" {
-		in.kernel, err = kernelPackage(ctx, o.KernelPackage)
-		return in, err
-	}
 	if in.kernelFile, err = os.ReadFile(o.Kernel); errors.Is(err, fs.ErrNotExist) {
 		return in, fmt.Errorf("no kernel at %s, run 'make guest-kernel': %w", o.Kernel, errdefs.ErrNotFound)
 	}
@@ -51,8 +51,11 @@ func (in inputs) digest() string {
 
 // upToDate tells whether the image in dir is whole and was made from the same inputs.
 func upToDate(ctx context.Context, dir, inputs string) bool {
+	if _, err := Open(dir); err != nil {
+		return false
+	}
 	m, err := readManifest(dir)
-	if err != nil || m.Inputs != inputs || Verify(dir) != nil {
+	if err != nil || m.Inputs != inputs {
 		return false
 	}
 	debs, err := candidates(ctx, slices.Sorted(maps.Keys(m.Packages))...)
@@ -62,21 +65,21 @@ func upToDate(ctx context.Context, dir, inputs string) bool {
 	return !slices.ContainsFunc(debs, func(d deb) bool { return m.Packages[d.name] != d.version })
 }
 
-// kernelPackage finds the package that has the kernel.
-func kernelPackage(ctx context.Context, name string) (deb, error) {
-	debs, err := candidates(ctx, name)
+// packages finds crun's package, and the one that has the kernel.
+func packages(ctx context.Context, kernelPackage string) (crun, kernel deb, err error) {
+	debs, err := candidates(ctx, "crun", kernelPackage)
 	if err != nil {
-		return deb{}, err
+		return crun, kernel, err
 	}
+	crun, kernel = debs[0], debs[1]
 	// A metapackage depends on the kernel's own package, whose name has its release in it.
-	depends := debs[0].depends
-	i := slices.IndexFunc(depends, func(d string) bool { return strings.HasPrefix(d, "linux-image-") })
+	i := slices.IndexFunc(kernel.depends, func(d string) bool { return strings.HasPrefix(d, "linux-image-") })
 	if i < 0 {
-		return debs[0], nil
+		return crun, kernel, nil
 	}
-	debs, err = candidates(ctx, depends[i])
+	debs, err = candidates(ctx, kernel.depends[i])
 	if err != nil {
-		return deb{}, err
+		return crun, kernel, err
 	}
-	return debs[0], nil
+	return crun, debs[0], nil
 }

@@ -213,7 +213,7 @@ func addModules(t tree, release string, picked map[string]module) error {
 func compressLZ4(data []byte) ([]byte, error) {
 	packed := make([]byte, 4+lz4.CompressBlockBound(len(data)))
 	binary.LittleEndian.PutUint32(packed, uint32(len(data)))
-	n, err := lz4.CompressBlockHC(data, packed[4:], lz4.Level9, nil, nil)
+	n, err := lz4.CompressBlockHC(data, packed[4:], lz4.Level4, nil, nil)
 	return packed[:4+n], err
 }
 
