@@ -69,11 +69,31 @@ func (w *Writer) entry(ctx context.Context, hdr *tar.Header, content io.Reader) 
 	if aufs || strings.Contains(dirname, "/"+aufsPrefix) {
 		return nil
 	}
-	dir, err := w.tree.walk(strings.Split(dirname, "/"), true)
-	if err != nil {
+	whiteout := strings.HasPrefix(base, whiteoutPrefix)
+	dir, err := w.tree.walk(strings.Split(dirname, "/"), !whiteout)
+	switch {
+	case whiteout && err != nil:
+		return nil // where there is no directory, there is nothing to hide
+	case whiteout:
+		return w.tree.hide(dir, base)
+	case err != nil:
 		return err
 	}
 	return w.apply(ctx, dir, base, hdr, content)
+}
+
+// hide applies the marker base in dir.
+func (t *tree) hide(dir *inode, base string) error {
+	if base == opaqueMarker {
+		t.strip(dir)
+		return nil
+	}
+	hidden := strings.TrimPrefix(base, whiteoutPrefix)
+	if hidden == "" || hidden == "." || hidden == ".." {
+		return invalid("whiteout of nothing")
+	}
+	t.whiteout(dir, hidden)
+	return nil
 }
 
 // clean makes a name absolute, without "." and "..". The root is "/".
@@ -89,17 +109,6 @@ func clean(name string) (string, error) {
 
 func (w *Writer) apply(ctx context.Context, dir *inode, base string, hdr *tar.Header, content io.Reader) error {
 	t := w.tree
-	if base == opaqueMarker {
-		t.strip(dir)
-		return nil
-	}
-	if hidden, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
-		if hidden == "" || hidden == "." || hidden == ".." {
-			return invalid("whiteout of nothing")
-		}
-		t.whiteout(dir, hidden)
-		return nil
-	}
 	if hdr.Typeflag == tar.TypeLink {
 		return t.link(dir, base, hdr.Linkname)
 	}
@@ -160,6 +169,9 @@ func (t *tree) link(dir *inode, base, target string) error {
 		return nil
 	}
 	t.remove(dir, base)
+	if e.inode.nlink == 0 {
+		return invalid("hard link to %.200q, which it takes the place of", target)
+	}
 	return t.add(dir, base, e.inode)
 }
 
