@@ -1,23 +1,29 @@
 package podvm
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 )
 
 // logWriter writes a container's records to its CRI log, each exactly once whatever kills the
-// daemon. The log is a function of the records; the position says up to which record, and which
-// size of the file, it has certainly come. What the file has beyond that size was written by a
-// daemon that died before it noted so, and is skipped when the same records come again.
+// daemon. The position says up to which record, and which size of the file, the log has certainly
+// come. What the file has beyond that size was written by a daemon that died, or met a full disk,
+// before it noted so: whole lines count as written, and a torn one is cut off and comes again.
 type logWriter struct {
 	path string // "": there is no log, records are only counted
 
@@ -25,7 +31,8 @@ type logWriter struct {
 	file     *os.File
 	note     *os.File // the position
 	position position
-	skip     int64 // bytes that the file has already
+	noted    position // what the note says
+	torn     bool     // the file may have more than the position says
 	buf      []byte
 }
 
@@ -40,9 +47,6 @@ const positionSize = 3*8 + 4
 
 func newLogWriter(path, note string) (*logWriter, error) {
 	w := &logWriter{path: path}
-	if path == "" {
-		return w, nil
-	}
 	var err error
 	if w.note, err = os.OpenFile(note, os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, fmt.Errorf("container log: %w", noSpace(err, note))
@@ -51,12 +55,19 @@ func newLogWriter(path, note string) (*logWriter, error) {
 		w.note.Close()
 		return nil, err
 	}
-	w.resume()
+	if err := w.resume(); err != nil {
+		w.closeFiles()
+		return nil, err
+	}
 	return w, nil
 }
 
 func (w *logWriter) open() error {
-	f, err := os.OpenFile(w.path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o640)
+	if w.path == "" {
+		return nil
+	}
+	// A link in the file's place was not made by the kubelet.
+	f, err := os.OpenFile(w.path, os.O_CREATE|os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
 	if err != nil {
 		return fmt.Errorf("container log: %w", noSpace(err, w.path))
 	}
@@ -64,31 +75,97 @@ func (w *logWriter) open() error {
 	return nil
 }
 
-// resume goes on where a former daemon was. A file that was rotated meanwhile has none of the
-// records that come.
-func (w *logWriter) resume() {
+// resume goes on where a former daemon was, in its file or, if that was rotated, in the new one. A
+// new log begins at the end of its file, which is noted before the first line is written.
+func (w *logWriter) resume() error {
 	var b [positionSize]byte
-	n, _ := w.note.ReadAt(b[:], 0)
+	n, err := w.note.ReadAt(b[:], 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("container log: position: %w", err)
+	}
 	if n == positionSize && crc32.ChecksumIEEE(b[:24]) == binary.BigEndian.Uint32(b[24:]) {
-		w.position = position{binary.BigEndian.Uint64(b[:]), binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint64(b[16:])}
+		w.noted = position{binary.BigEndian.Uint64(b[:]), binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint64(b[16:])}
 	}
-	size, inode := identify(w.file)
+	w.position = w.noted
+	if w.path == "" {
+		return nil
+	}
+	size, inode, err := identify(w.file)
+	if err != nil {
+		return err
+	}
 	if inode == w.position.Inode {
-		w.skip = max(0, size-int64(w.position.Size))
-	} else {
-		w.position.Size, w.position.Inode = uint64(size), inode
+		return w.settle(w.file)
 	}
+	if old := w.rotated(); old != nil {
+		err := w.settle(old)
+		old.Close()
+		if err != nil {
+			return err
+		}
+	}
+	w.position.Size, w.position.Inode = uint64(size), inode
+	return w.save()
 }
 
-func identify(f *os.File) (size int64, inode uint64) {
+// rotated opens the file that the position speaks of under the name that the kubelet gave it.
+func (w *logWriter) rotated() *os.File {
+	names, err := filepath.Glob(w.path + ".*")
+	if err != nil || w.position.Inode == 0 {
+		return nil
+	}
+	for _, name := range names {
+		f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		if _, inode, err := identify(f); err == nil && inode == w.position.Inode {
+			return f
+		}
+		f.Close()
+	}
+	return nil
+}
+
+func identify(f *os.File) (size int64, inode uint64, err error) {
 	info, err := f.Stat()
 	if err != nil {
-		return 0, 0
+		return 0, 0, fmt.Errorf("container log: %w", err)
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		inode = st.Ino
 	}
-	return info.Size(), inode
+	return info.Size(), inode, nil
+}
+
+// settle takes the lines that the file has beyond the position as written, and cuts off a torn one.
+func (w *logWriter) settle(f *os.File) error {
+	size, _, err := identify(f)
+	if err != nil {
+		return err
+	}
+	w.position.Size = min(w.position.Size, uint64(size)) // it may have been emptied
+	r := bufio.NewReader(io.NewSectionReader(f, int64(w.position.Size), size-int64(w.position.Size)))
+	for {
+		line, err := r.ReadBytes('\n')
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("container log: %w", err)
+		}
+		if head := lineHead(line); head >= 0 { // else it is none of ours
+			w.position.Offset += agent.RecordSize(len(line) - head - 1)
+		}
+		w.position.Size += uint64(len(line))
+	}
+	if uint64(size) > w.position.Size {
+		if err := f.Truncate(int64(w.position.Size)); err != nil {
+			return fmt.Errorf("container log: cut off a torn line: %w", err)
+		}
+	}
+	w.torn = false
+	return nil
 }
 
 // offset is that of the first record which the log does not have for certain.
@@ -98,41 +175,49 @@ func (w *logWriter) offset() uint64 {
 	return w.position.Offset
 }
 
-// write writes a batch and returns up to where it may be acknowledged. When it fails the batch may
-// be given again.
+// write writes what the log does not have yet of a batch, and returns up to where it may be
+// acknowledged. When it fails the batch is to be given again.
 func (w *logWriter) write(batch []agent.Record) (ack uint64, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(batch) == 0 {
-		return w.position.Offset, nil
+	if w.torn {
+		if err := w.settle(w.file); err != nil {
+			return 0, err
+		}
 	}
-	last := batch[len(batch)-1]
-	next := last.Offset + agent.RecordSize(len(last.Line))
-	if w.path == "" {
-		w.position.Offset = next
-		return next, nil
-	}
-	w.buf = w.buf[:0]
+	lines, next := w.buf[:0], w.position
 	for _, r := range batch {
-		w.buf = appendLine(w.buf, r)
+		if r.Offset < next.Offset {
+			continue
+		}
+		next.Offset = r.Offset + agent.RecordSize(len(r.Line))
+		if w.path != "" {
+			lines = appendLine(lines, r)
+		}
 	}
-	lines := w.buf
-	have := min(w.skip, int64(len(lines)))
-	if n, err := w.file.Write(lines[have:]); err != nil {
-		w.skip = have + int64(n) // they are there when the batch comes again
-		return 0, fmt.Errorf("container log: %w", noSpace(err, w.path))
+	if w.buf = lines; cap(lines) > bufferKept {
+		w.buf = nil
 	}
-	to := position{next, w.position.Size + uint64(len(lines)), w.position.Inode}
-	if err := w.save(to); err != nil {
-		w.skip = max(w.skip, int64(len(lines)))
-		return 0, err
+	next.Size += uint64(len(lines))
+	if len(lines) > 0 {
+		if _, err := w.file.Write(lines); err != nil {
+			w.torn = true
+			return 0, fmt.Errorf("container log: %w", noSpace(err, w.path))
+		}
 	}
-	w.skip = max(0, w.skip-int64(len(lines)))
-	w.position = to
-	return next, nil
+	w.position = next
+	return next.Offset, w.save()
 }
 
-func (w *logWriter) save(p position) error {
+// bufferKept is the largest buffer that a log keeps between batches, in bytes.
+const bufferKept = 64 << 10
+
+// save notes the position, if the note is another.
+func (w *logWriter) save() error {
+	p := w.position
+	if p == w.noted {
+		return nil
+	}
 	b := make([]byte, 0, positionSize)
 	b = binary.BigEndian.AppendUint64(b, p.Offset)
 	b = binary.BigEndian.AppendUint64(b, p.Size)
@@ -141,52 +226,61 @@ func (w *logWriter) save(p position) error {
 	if _, err := w.note.WriteAt(b, 0); err != nil {
 		return fmt.Errorf("container log: position: %w", noSpace(err, w.note.Name()))
 	}
+	w.noted = p
 	return nil
 }
 
-// reopen goes on with a new file: the old one was renamed.
+// reopen goes on with a new file: the old one was renamed. When it fails it goes on with the old.
 func (w *logWriter) reopen() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.path == "" {
 		return nil
 	}
-	old := w.file
+	if w.torn {
+		if err := w.settle(w.file); err != nil {
+			return err
+		}
+	}
+	old, before := w.file, w.position
 	if err := w.open(); err != nil {
-		w.file = old
 		return err
 	}
-	size, inode := identify(w.file)
-	p := position{w.position.Offset, uint64(size), inode}
-	if inode == w.position.Inode { // nobody renamed it
-		p.Size = w.position.Size
+	size, inode, err := identify(w.file)
+	if err == nil && inode != before.Inode { // else nobody renamed it
+		w.position.Size, w.position.Inode = uint64(size), inode
+		err = w.save()
 	}
-	if err := w.save(p); err != nil {
+	if err != nil {
 		err = errors.Join(err, w.file.Close())
-		w.file = old
+		w.file, w.position = old, before
 		return err
 	}
-	if inode != w.position.Inode {
-		w.skip = 0
-	}
-	w.position = p
 	return old.Close()
 }
 
+// close is idempotent.
 func (w *logWriter) close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.path == "" {
-		return nil
-	}
-	err := errors.Join(w.file.Close(), w.note.Close())
-	if errors.Is(err, fs.ErrClosed) {
-		return nil
-	}
-	return err
+	return w.closeFiles()
 }
 
-// appendLine appends a record as a line of the CRI's log format.
+func (w *logWriter) closeFiles() error {
+	var errs []error
+	for _, f := range []*os.File{w.file, w.note} {
+		if f == nil {
+			continue
+		}
+		if err := f.Close(); !errors.Is(err, fs.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// appendLine appends a record as a line of the CRI's log format. A newline inside of it, which an
+// honest agent does not send, becomes a space: it would be a line of its own, in another's name.
 // Source: kubernetes, pkg/kubelet/kuberuntime/logs.
 func appendLine(b []byte, r agent.Record) []byte {
 	b = time.Unix(0, r.Time).UTC().AppendFormat(b, time.RFC3339Nano)
@@ -200,5 +294,25 @@ func appendLine(b []byte, r agent.Record) []byte {
 	} else {
 		b = append(b, "F "...)
 	}
-	return append(append(b, r.Line...), '\n')
+	start := len(b)
+	b = append(b, r.Line...)
+	for i := bytes.IndexByte(b[start:], '\n'); i >= 0; i = bytes.IndexByte(b[start:], '\n') {
+		b[start+i] = ' '
+		start += i + 1
+	}
+	return append(b, '\n')
+}
+
+// lineHead is how many bytes of a log's line stand before what the container wrote: time, stream and
+// tag, each with a space. It is negative for what is no such line.
+func lineHead(line []byte) int {
+	head := 0
+	for range 3 {
+		i := bytes.IndexByte(line[head:], ' ')
+		if i < 0 {
+			return -1
+		}
+		head += i + 1
+	}
+	return head
 }

@@ -44,7 +44,8 @@ func pumpOnce(ctx context.Context, client *agent.Client, container string, w *lo
 		return err
 	}
 	defer out.Close()
-	q := &queue{filled: make(chan struct{}, 1)}
+	q := newQueue()
+	defer close(q.done)
 	go q.fill(out)
 	for {
 		batch, end := q.take()
@@ -88,10 +89,18 @@ func writeAtLast(ctx context.Context, w *logWriter, batch []agent.Record, contai
 	}
 }
 
-// queue is what was received and not yet written. The agent bounds it: it sends no more than it
-// keeps, and it keeps what is not acknowledged.
+// queueMax bounds a queue, in bytes: an agent that does not care for acknowledgements is read no
+// further.
+const queueMax = 1 << 20
+
+// recordCost is what a record takes in a queue beside its line, in bytes.
+const recordCost = 64
+
+// queue is what was received and not yet written.
 type queue struct {
 	filled chan struct{} // has a value when there is something to take
+	taken  chan struct{} // has a value when there is room again
+	done   chan struct{} // closed when nobody takes any more
 
 	mu      sync.Mutex
 	records []agent.Record
@@ -99,30 +108,51 @@ type queue struct {
 	err     error
 }
 
+func newQueue() *queue {
+	return &queue{filled: make(chan struct{}, 1), taken: make(chan struct{}, 1), done: make(chan struct{})}
+}
+
 // fill takes records until the stream ends.
 func (q *queue) fill(out *agent.Output) {
 	for {
 		r, err := out.Next()
-		q.mu.Lock()
-		if err != nil {
-			q.err = err
-		} else {
-			// Next's line is valid until the next one. A reallocation leaves earlier records
-			// pointing into the old array, which stays as it is.
-			q.lines = append(q.lines, r.Line...)
-			r.Line = q.lines[len(q.lines)-len(r.Line):]
-			q.records = append(q.records, r)
-		}
-		q.mu.Unlock()
-		select {
-		case q.filled <- struct{}{}:
-		default:
-		}
+		full := q.put(r, err)
+		notify(q.filled)
 		if err != nil {
 			return
 		}
+		for ; full; full = q.full() {
+			select {
+			case <-q.taken:
+			case <-q.done:
+				return
+			}
+		}
 	}
 }
+
+func (q *queue) put(r agent.Record, err error) (full bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if err != nil {
+		q.err = err
+		return false
+	}
+	// Next's line is valid until the next one. A reallocation leaves earlier records pointing into
+	// the old array, which stays as it is.
+	q.lines = append(q.lines, r.Line...)
+	r.Line = q.lines[len(q.lines)-len(r.Line):]
+	q.records = append(q.records, r)
+	return q.fullLocked()
+}
+
+func (q *queue) full() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.fullLocked()
+}
+
+func (q *queue) fullLocked() bool { return len(q.lines)+len(q.records)*recordCost >= queueMax }
 
 // take returns all records that have come, and why no more will.
 func (q *queue) take() ([]agent.Record, error) {
@@ -130,5 +160,13 @@ func (q *queue) take() ([]agent.Record, error) {
 	defer q.mu.Unlock()
 	records := q.records
 	q.records, q.lines = nil, nil
+	notify(q.taken)
 	return records, q.err
+}
+
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
