@@ -9,7 +9,11 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # A kernel of one's own for the guest: make guest-kernel, then make guest KERNEL=build/guest-kernel.
 KERNEL :=
 
-.PHONY: all build agent guest guest-kernel lint clean
+# Debian's Go is too old; .ci/deps puts the right one here where it is needed.
+export PATH := $(CURDIR)/build/go/bin:$(PATH)
+export GOTOOLCHAIN ?= auto
+
+.PHONY: all build agent guest guest-kernel deps prepare demo demo-clean test unit e2e bench e2e-node lint clean
 
 all: build
 
@@ -26,6 +30,40 @@ guest: build
 # The guest's kernel from Debian's source package, small, with its drivers built in. Takes minutes.
 guest-kernel:
 	podvm/guestimage/kernel/build.sh build/guest-kernel build/linux
+
+# What building, demo and tests need of Debian. As root.
+deps:
+	@.ci/deps
+
+# Images for registries of the tests' own, crictl and critest.
+prepare:
+	go run $(GOFLAGS) ./e2e/prepare
+
+# Shows a pod in a VM, and takes everything away. DEMO=--keep leaves it running.
+demo: deps
+	@$(MAKE) --no-print-directory build guest prepare
+	go run $(GOFLAGS) ./e2e/demo $(DEMO)
+
+demo-clean:
+	go run $(GOFLAGS) ./e2e/demo --clean
+
+# All tests: of packages, of the VM drivers' contract, end to end with real VMs, and critest.
+test:
+	@.ci/deps test
+	@$(MAKE) --no-print-directory build guest prepare
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory e2e
+
+# One package at a time: several of them boot VMs.
+unit:
+	go test $(GOFLAGS) -p 1 -timeout 15m $$(go list $(GOFLAGS) ./... | grep -v -e /e2e$$ -e /e2e/critest$$ -e /build/)
+
+e2e:
+	go test $(GOFLAGS) -p 1 -count 1 -timeout 30m ./e2e ./e2e/critest
+
+# The runtimes at ENDPOINTS against one another; without any, a daemon of its own.
+bench:
+	go run $(GOFLAGS) ./e2e/bench $(BENCH)
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
