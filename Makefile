@@ -61,6 +61,11 @@ unit:
 e2e:
 	go test $(GOFLAGS) -p 1 -count 1 -timeout 30m ./e2e ./e2e/critest
 
+# The end-to-end tests with Cloud Hypervisor, in an emulated node whose KVM works.
+e2e-node: deps
+	@$(MAKE) --no-print-directory build guest prepare
+	go run $(GOFLAGS) ./e2e/node suite -test.v
+
 # The runtimes at ENDPOINTS against one another; without any, a daemon of its own.
 bench:
 	go run $(GOFLAGS) ./e2e/bench $(BENCH)

@@ -31,12 +31,20 @@ type choice struct {
 // QEMU with KVM, QEMU by emulation.
 func chooseDriver(ctx context.Context, c Config, g guestimage.Files) (choice, error) {
 	found := choice{all: map[string]vmm.Driver{}}
+	use := func(d vmm.Driver, version, reason string) (choice, error) {
+		found.driver, found.version, found.reason = d, version, reason
+		return found, nil
+	}
 	hv, hvErr := cloudhv.New(ctx, c.VM.CloudHV)
 	if hvErr == nil {
 		found.all[hv.Name()] = hv
+		if c.Driver == "auto" {
+			hvErr = probe(ctx, c, g, hv, hv.Version())
+		}
 	}
+	takeHV := hvErr == nil && c.Driver != qemu.Name
 	accel, kvmErr := qemu.TCG, error(nil)
-	if c.Driver != cloudhv.Name {
+	if !takeHV {
 		if kvmErr = probeQEMU(ctx, c, g); kvmErr == nil {
 			accel = qemu.KVM
 		}
@@ -45,32 +53,21 @@ func chooseDriver(ctx context.Context, c Config, g guestimage.Files) (choice, er
 	if qErr == nil {
 		found.all[q.Name()] = q
 	}
-	use := func(d vmm.Driver, version, reason string) (choice, error) {
-		found.driver, found.version, found.reason = d, version, reason
-		return found, nil
+	because := "it is configured"
+	if c.Driver == "auto" {
+		because = "it and KVM work"
 	}
 	switch {
-	case c.Driver == cloudhv.Name && hvErr != nil:
-		return found, hvErr
+	case takeHV:
+		return use(hv, hv.Version(), because)
 	case c.Driver == cloudhv.Name:
-		return use(hv, hv.Version(), "it is configured")
-	case c.Driver == qemu.Name && qErr != nil:
-		return found, qErr
-	case c.Driver == qemu.Name && kvmErr == nil:
-		return use(q, q.Version(), "it is configured; KVM works")
-	case c.Driver == qemu.Name:
-		return use(q, q.Version(), fmt.Sprintf("it is configured; by emulation, because KVM does not work: %v", kvmErr))
-	}
-	if hvErr == nil {
-		if hvErr = probe(ctx, c, g, hv, hv.Version()); hvErr == nil {
-			return use(hv, hv.Version(), "it and KVM work")
-		}
-	}
-	switch {
+		return found, hvErr
 	case qErr != nil:
 		return found, fmt.Errorf("no VMM works: %w", errors.Join(hvErr, qErr))
-	case kvmErr == nil:
+	case kvmErr == nil && c.Driver == "auto":
 		return use(q, q.Version(), fmt.Sprintf("KVM works, Cloud Hypervisor does not: %v", oneLine(hvErr)))
+	case kvmErr == nil:
+		return use(q, q.Version(), because)
 	}
 	return use(q, q.Version(), fmt.Sprintf("by emulation, because KVM does not work: %v", oneLine(kvmErr)))
 }

@@ -8,6 +8,7 @@
 //	node run CMD...         run a command in it; stdin, stdout and the exit status pass through
 //	node put FILE... DIR    copy files into it
 //	node get FILE... DIR    copy files out of it
+//	node suite [ARG...]     run the end-to-end tests in it; the arguments are the test program's
 //	node log                print its console
 //	node down               power it off
 //
@@ -42,7 +43,7 @@ func main() {
 	err := n.do(ctx, flag.Args())
 	var exit *exec.ExitError
 	switch {
-	case errors.As(err, &exit) && flag.Arg(0) == "run":
+	case errors.As(err, &exit) && (flag.Arg(0) == "run" || flag.Arg(0) == "suite"):
 		os.Exit(exit.ExitCode())
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "node:", err)
@@ -51,7 +52,7 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "node [flags] build | up | run CMD... | put FILE... DIR | get FILE... DIR | log | down")
+	fmt.Fprintln(os.Stderr, "node [flags] build | up | run CMD... | put FILE... DIR | get FILE... DIR | suite [ARG...] | log | down")
 	flag.PrintDefaults()
 }
 
@@ -80,6 +81,8 @@ func (n *node) do(ctx context.Context, args []string) error {
 		return n.copy(ctx, rest, "", remote)
 	case "get":
 		return n.copy(ctx, rest, remote, "")
+	case "suite":
+		return n.suite(ctx, rest)
 	case "log":
 		return n.log()
 	case "down":
