@@ -21,7 +21,7 @@ const (
 	// zstdWindow bounds the memory that a layer can ask for, in bytes: what zstd -22 --ultra uses.
 	zstdWindow = 128 << 20
 	// aheadBuffers of aheadSize bytes are decompressed in advance.
-	aheadBuffers, aheadSize = 32, 256 << 10
+	aheadBuffers, aheadSize = 20, 256 << 10
 )
 
 // convert merges layers, the bottom first, into an EROFS image in f, while they arrive, and

@@ -41,6 +41,7 @@ type Store struct {
 // Open opens the store and removes what a crash has left behind. A root that another process has
 // open is ErrFailedPrecondition.
 func Open(o Options) (*Store, error) {
+	bridgeLogs()
 	if o.PullProgressTimeout == 0 {
 		o.PullProgressTimeout = defaultProgressTimeout
 	}
