@@ -152,7 +152,7 @@ func deviceRules(privileged bool) []specs.LinuxDeviceCgroup {
 	}
 }
 
-// resources are the OCI's words for limits.
+// resources are the OCI's words for limits: 0 leaves one as it is, a negative one lifts it.
 func resources(r Resources) (*specs.LinuxResources, error) {
 	l := &specs.LinuxResources{Unified: r.Unified}
 	cpu := &specs.LinuxCPU{Cpus: r.CPUSetCPUs, Mems: r.CPUSetMems}
@@ -168,16 +168,15 @@ func resources(r Resources) (*specs.LinuxResources, error) {
 		cpu.Period = &period
 	}
 	l.CPU = cpu
-	if r.Memory > 0 {
-		l.Memory = &specs.LinuxMemory{Limit: &r.Memory}
+	if r.Memory != 0 {
 		swap := r.Memory // together with memory: no swap
-		if r.MemorySwap > 0 {
+		if r.MemorySwap != 0 {
 			swap = r.MemorySwap
 		}
-		if swap < r.Memory {
+		if swap > 0 && swap < r.Memory {
 			return nil, fmt.Errorf("memory and swap of %d bytes are less than the memory of %d: %w", swap, r.Memory, errdefs.ErrInvalidArgument)
 		}
-		l.Memory.Swap = &swap
+		l.Memory = &specs.LinuxMemory{Limit: &r.Memory, Swap: &swap}
 	}
 	for size, limit := range r.HugepageLimits {
 		l.HugepageLimits = append(l.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: size, Limit: limit})

@@ -54,15 +54,11 @@ func capabilities(c Security) (*specs.LinuxCapabilities, error) {
 	if c.Privileged {
 		set = slices.Clone(allCapabilities)
 	}
-	for _, name := range c.AddCaps {
-		if name == "ALL" || name == "CAP_ALL" {
-			set = slices.Clone(allCapabilities)
-		}
+	if slices.ContainsFunc(c.AddCaps, isAll) {
+		set = slices.Clone(allCapabilities)
 	}
-	for _, name := range c.DropCaps {
-		if name == "ALL" || name == "CAP_ALL" {
-			set = nil
-		}
+	if slices.ContainsFunc(c.DropCaps, isAll) {
+		set = nil
 	}
 	var err error
 	if set, err = change(set, c.AddCaps, true); err != nil {
@@ -83,10 +79,12 @@ func capabilities(c Security) (*specs.LinuxCapabilities, error) {
 	return &specs.LinuxCapabilities{Bounding: set, Effective: set, Permitted: set, Inheritable: ambient, Ambient: ambient}, nil
 }
 
+func isAll(name string) bool { return strings.TrimPrefix(strings.ToUpper(name), "CAP_") == "ALL" }
+
 // change adds or drops capabilities by name, with or without CAP_.
 func change(set, names []string, add bool) ([]string, error) {
 	for _, name := range names {
-		if name == "ALL" || name == "CAP_ALL" {
+		if isAll(name) {
 			continue
 		}
 		name = "CAP_" + strings.TrimPrefix(strings.ToUpper(name), "CAP_")
@@ -130,13 +128,19 @@ func readProfile(name string) (*specs.LinuxSeccomp, error) {
 		return nil, fmt.Errorf("seccomp profile: %w: put it onto the node: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, profileMax))
+	data, err := io.ReadAll(io.LimitReader(f, profileMax+1))
 	if err != nil {
 		return nil, fmt.Errorf("seccomp profile: %w", err)
+	}
+	if len(data) > profileMax {
+		return nil, fmt.Errorf("seccomp profile %s has more than %d bytes: %w", path, profileMax, errdefs.ErrInvalidArgument)
 	}
 	var profile specs.LinuxSeccomp
 	if err := json.Unmarshal(data, &profile); err != nil {
 		return nil, fmt.Errorf("seccomp profile %s: %w: %w", path, err, errdefs.ErrInvalidArgument)
+	}
+	if profile.DefaultAction == "" {
+		return nil, fmt.Errorf("seccomp profile %s has no defaultAction: %w", path, errdefs.ErrInvalidArgument)
 	}
 	return &profile, nil
 }
