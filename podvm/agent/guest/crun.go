@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -39,6 +40,11 @@ func (a *Agent) crun(ctx context.Context, files []*os.File, args ...string) erro
 	pid, ended, err := a.reaper.start(argv, []string{"PATH=" + searchPath}, files, nil)
 	if err != nil {
 		return err
+	}
+	// The agent is the last that the kernel may kill for lack of memory; what it starts is not. crun
+	// passes this on to processes whose spec says nothing of it.
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		slog.Warn("make crun killable", "err", err)
 	}
 	var e exit
 	select {

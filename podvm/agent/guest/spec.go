@@ -42,6 +42,9 @@ func (c *container) complete(s *specs.Spec, rootfs string, readonly bool, who ac
 	if home(p.Env) == "" {
 		p.Env = append(p.Env, "HOME="+who.home)
 	}
+	if p.OOMScoreAdj == nil {
+		p.OOMScoreAdj = new(int) // not the agent's own
+	}
 	// They are for the host's users to read, not for crun to follow.
 	s.Annotations = nil
 	s.Linux.Namespaces = slices.DeleteFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool {

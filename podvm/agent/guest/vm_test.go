@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/guestimage"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 	"github.com/caisson-vm/caisson/podvm/vmm/qemu"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -30,11 +31,8 @@ type machine struct {
 // startVM boots a guest by emulation and sets it up with an image of busybox and a scratch disk.
 func startVM(t *testing.T) *machine {
 	t.Helper()
-	guest, err := filepath.Abs("../../../build/guest")
+	guest, err := guestimage.Open("../../../build/guest")
 	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(filepath.Join(guest, "vmlinux")); err != nil {
 		t.Fatalf("%v: run 'make guest' first", err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
@@ -53,8 +51,9 @@ func startVM(t *testing.T) *machine {
 		t.Fatal(err)
 	}
 	begin := time.Now()
-	v, err := d.Launch(ctx, vmm.Config{ID: "test", Dir: run, Kernel: filepath.Join(guest, "vmlinux"), Initrd: filepath.Join(guest, "initrd"),
-		Cmdline: "quiet loglevel=4 panic=-1", Size: vmm.Size{CPUs: 1, Memory: 512 * mib}, Max: vmm.Size{CPUs: 2, Memory: 2048 * mib}})
+	// Emulated on a busy machine the TSC is not what the kernel measures it to be.
+	v, err := d.Launch(ctx, vmm.Config{ID: "test", Dir: run, Kernel: guest.Kernel, Initrd: guest.Initrd,
+		Cmdline: guest.Cmdline + " tsc=unstable", Size: vmm.Size{CPUs: 1, Memory: 512 * mib}, Max: vmm.Size{CPUs: 2, Memory: 2048 * mib}})
 	if err != nil {
 		t.Fatal(err)
 	}
