@@ -81,7 +81,7 @@ func (s *Store) startLocked(ctx context.Context, key string, n name, auth *Auth)
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	f := &flight{cancel: cancel, done: make(chan struct{})}
 	s.flights[key] = f
-	go func() {
+	s.pulls.Go(func() {
 		f.image, f.err = s.pull(ctx, cancel, n, auth)
 		s.mu.Lock()
 		if s.flights[key] == f {
@@ -90,7 +90,7 @@ func (s *Store) startLocked(ctx context.Context, key string, n name, auth *Auth)
 		s.mu.Unlock()
 		cancel(nil)
 		close(f.done)
-	}()
+	})
 	return f
 }
 

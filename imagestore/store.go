@@ -29,6 +29,8 @@ type Store struct {
 	registries *registries
 	pinned     map[string]bool
 
+	pulls sync.WaitGroup
+
 	// changing serializes what changes the directory; readers never wait for it.
 	changing sync.Mutex
 
@@ -95,18 +97,15 @@ func (s *Store) prepare() error {
 	return nil
 }
 
-// Close ends the pulls under way and lets another process open the root.
+// Close ends the pulls under way and lets another process open the root. There must be no new calls
+// meanwhile.
 func (s *Store) Close() {
 	s.mu.Lock()
-	var ends []chan struct{}
 	for _, f := range s.flights {
 		f.cancel(fmt.Errorf("the image store is closed: %w", errdefs.ErrUnavailable))
-		ends = append(ends, f.done)
 	}
 	s.mu.Unlock()
-	for _, end := range ends {
-		<-end
-	}
+	s.pulls.Wait() // also for those that nobody waits for any more
 	s.lock.Close() // a lock file: nothing to lose
 }
 
