@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,13 +21,17 @@ import (
 type mounting struct {
 	c    *container
 	spec *specs.Spec
-	// held are descriptors by which crun finds sources; they are open until it has mounted them.
-	held []*os.File
+	// held are mounts by which crun finds sources; they stay until it has mounted them.
+	held []string
 }
 
+// close gives up the sources. It removes no more than the empty places they were mounted at: nothing of
+// a volume, should one still be mounted.
 func (m *mounting) close() {
-	for _, f := range m.held {
-		f.Close()
+	for _, at := range m.held {
+		if err := errors.Join(unix.Unmount(at, unix.MNT_DETACH), os.Remove(at)); err != nil {
+			slog.Warn("give up the source of a mount", "container", m.c.id, "err", err)
+		}
 	}
 }
 
@@ -82,7 +87,9 @@ func (m *mounting) source(ctx context.Context, req *agent.Mount) (string, error)
 }
 
 // sub returns a path below dir, through no link that leads out of it; make makes what is missing.
-// The path is that of a descriptor, so that nobody can put a link in its way any more.
+// What was found is mounted aside, so that nobody can put a link in its way any more. A path of its
+// descriptor would not do: crun mounts in a namespace of its own, and the kernel takes no source
+// from another.
 func (m *mounting) sub(dir, sub string, make bool) (string, error) {
 	if sub == "" {
 		return dir, nil
@@ -101,8 +108,36 @@ func (m *mounting) sub(dir, sub string, make bool) (string, error) {
 	} else if err != nil {
 		return "", err
 	}
-	m.held = append(m.held, f)
-	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()), nil
+	defer f.Close()
+	at, err := m.aside(f)
+	if err != nil {
+		return "", fmt.Errorf("path %q of the volume: %w", sub, err)
+	}
+	return at, nil
+}
+
+// aside mounts an open file or directory at a place of its own and returns the place.
+func (m *mounting) aside(f *os.File) (at string, err error) {
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if info.IsDir() {
+		at, err = os.MkdirTemp(m.c.a.path("disks"), "sub-")
+	} else {
+		var file *os.File
+		if file, err = os.CreateTemp(m.c.a.path("disks"), "sub-"); err == nil {
+			at, err = file.Name(), file.Close()
+		}
+	}
+	if err != nil {
+		return "", err
+	}
+	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), at, "", unix.MS_BIND, ""); err != nil {
+		return "", errors.Join(err, os.Remove(at))
+	}
+	m.held = append(m.held, at)
+	return at, nil
 }
 
 func mkdirIn(dir, sub string) error {
