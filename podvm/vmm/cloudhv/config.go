@@ -84,10 +84,11 @@ type pmemConfig struct {
 	DiscardWrites bool   `json:"discard_writes"`
 }
 
+// netConfig names no MTU: Cloud Hypervisor would set it on an interface of the tap's name in its own
+// network namespace, where there is none. The agent sets it in the guest.
 type netConfig struct {
 	ID  string `json:"id"`
 	MAC string `json:"mac"`
-	MTU int    `json:"mtu,omitempty"`
 }
 
 const (

@@ -129,7 +129,7 @@ func (v *vm) AddNIC(ctx context.Context, n vmm.NIC) error {
 	ctx, cancel := v.untilEnd(ctx)
 	defer cancel()
 	id := nicID + strings.ReplaceAll(n.MAC.String(), ":", "")
-	if err := v.api.putFile(ctx, "vm.add-net", netConfig{id, n.MAC.String(), n.MTU}, n.Tap); err != nil {
+	if err := v.api.putFile(ctx, "vm.add-net", netConfig{id, n.MAC.String()}, n.Tap); err != nil {
 		return fmt.Errorf("add network card %s: %w", n.MAC, v.explain(err))
 	}
 	return nil
