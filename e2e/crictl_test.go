@@ -30,7 +30,6 @@ func testCrictl(t *testing.T, d *harness.Daemon) {
 		Linux:    &runtimeapi.LinuxContainerConfig{},
 	})
 	pod := line(d.Crictl("runp", podFile))
-	t.Cleanup(func() { d.Crictl("rmp", "--force", pod) })
 	container := line(d.Crictl("create", pod, containerFile, podFile))
 	has(t, d.Crictl("ps", "--all"), "Created", "shell")
 	d.Crictl("start", container)

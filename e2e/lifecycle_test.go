@@ -16,8 +16,8 @@ import (
 // testSharedPod has two containers share what containers of a pod share, and nothing else.
 func testSharedPod(t *testing.T, d *harness.Daemon) {
 	pod := d.RunPod()
-	first := pod.Run(images.Busybox, harness.Shell("mkdir /www; echo neighbour > /www/index.html; exec httpd -f -p 127.0.0.1:8080 -h /www"))
-	second := pod.Run(images.Busybox, sleeper)
+	first := pod.Run(images.Busybox, harness.Shell("mkdir /www; echo neighbour > /www/index.html; exec httpd -f -p 127.0.0.1:8080 -h /www"), alone)
+	second := pod.Run(images.Busybox, sleeper, alone)
 	harness.Eventually(t, "the first serves", func() error {
 		r, err := second.TryExec(10, "wget", "-q", "-O-", "http://127.0.0.1:8080/")
 		if err == nil && string(r.Stdout) != "neighbour\n" {
@@ -45,6 +45,11 @@ func testSharedPod(t *testing.T, d *harness.Daemon) {
 	}
 	shared.Run(images.Busybox, []string{"sleep", "31415"}, inPod)
 	has(t, shared.Run(images.Busybox, sleeper, inPod).Exec("ps"), "sleep 31415")
+}
+
+// alone gives a container a PID namespace of its own, as the kubelet does unless a pod asks to share.
+func alone(c *runtimeapi.ContainerConfig) {
+	c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}}
 }
 
 // testInitContainers does as the kubelet: one after the other, each in its own container.

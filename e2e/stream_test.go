@@ -2,12 +2,14 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"net/http"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/caisson-vm/caisson/e2e/harness"
@@ -61,23 +63,36 @@ func testAttach(t *testing.T, d *harness.Daemon) {
 // testPortForward reaches a server that listens on the pod's loopback only.
 func testPortForward(t *testing.T, d *harness.Daemon) {
 	pod := d.RunPod()
-	pod.Run(images.Busybox, harness.Shell("mkdir /www; echo deep > /www/index.html; exec httpd -f -p 127.0.0.1:8080 -h /www"))
-	for _, transport := range []string{"spdy", "websocket"} {
-		t.Run(transport, func(t *testing.T) {
-			forward(t, d, pod.ID, "18080:8080", transport)
-			for range 3 {
-				harness.Eventually(t, "the page is served", func() error {
-					body, err := page("http://127.0.0.1:18080/")
-					if err == nil && body != "deep\n" {
-						err = missing{"deep", body}
-					}
-					return err
-				})
+	c := pod.Run(images.Busybox, harness.Shell("mkdir /www; echo deep > /www/index.html; exec httpd -f -p 127.0.0.1:8080 -h /www"))
+	harness.Eventually(t, "the server is up", func() error {
+		r, err := c.TryExec(10, "wget", "-q", "-O-", "http://127.0.0.1:8080/")
+		if err == nil && r.ExitCode != 0 {
+			err = missing{"deep", string(r.Stderr)}
+		}
+		return err
+	})
+	t.Run("one after the other", func(t *testing.T) {
+		forward(t, d, pod.ID, "18080:8080")
+		for range 5 {
+			if body, err := page("http://127.0.0.1:18080/"); err != nil || body != "deep\n" {
+				t.Errorf("got %q, %v", body, err)
 			}
-		})
-	}
+		}
+	})
+	t.Run("many at once", func(t *testing.T) {
+		forward(t, d, pod.ID, "18082:8080")
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				if body, err := page("http://127.0.0.1:18082/"); err != nil || body != "deep\n" {
+					t.Errorf("got %q, %v", body, err)
+				}
+			})
+		}
+		wg.Wait()
+	})
 	t.Run("nobody listens", func(t *testing.T) {
-		forward(t, d, pod.ID, "18081:81", "spdy")
+		forward(t, d, pod.ID, "18081:81")
 		if body, err := page("http://127.0.0.1:18081/"); err == nil {
 			t.Errorf("got %q", body)
 		}
@@ -85,10 +100,12 @@ func testPortForward(t *testing.T, d *harness.Daemon) {
 }
 
 // forward runs crictl port-forward until the test ends; it returns when it listens.
-func forward(t *testing.T, d *harness.Daemon, pod, ports, transport string) {
+func forward(t *testing.T, d *harness.Daemon, pod, ports string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := d.CrictlCommand(ctx, "port-forward", "--transport", transport, pod, ports)
+	cmd := d.CrictlCommand(ctx, "port-forward", pod, ports)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +115,10 @@ func forward(t *testing.T, d *harness.Daemon, pod, ports, transport string) {
 	}
 	t.Cleanup(func() {
 		cancel()
-		_ = cmd.Wait()
+		err := cmd.Wait()
+		if t.Failed() {
+			t.Logf("crictl port-forward: %v\n%s", err, stderr.String())
+		}
 	})
 	lines := bufio.NewScanner(stdout)
 	for lines.Scan() {

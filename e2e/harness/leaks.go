@@ -196,7 +196,7 @@ func (d *Daemon) Left() []string {
 		dir  string
 		keep *regexp.Regexp
 	}{
-		{d.Config.State, regexp.MustCompile(`^(lock|.*\.lock)$`)},
+		{d.Config.State, regexp.MustCompile(`^(probe\.json|lock|.*\.lock)$`)},
 		{filepath.Join(d.Config.Root, "pods"), nil},
 		{filepath.Join(d.Dir, "ipam"), regexp.MustCompile(`^caisson-e2e-\d+/(lock|last_reserved_ip\.\d+)$`)},
 	} {
