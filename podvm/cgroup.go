@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -15,23 +17,39 @@ import (
 
 const cgroupRoot = "/sys/fs/cgroup"
 
-// hostCgroup makes the cgroup of a pod's VMM below the one that the kubelet made for the pod, so
-// that all of a pod counts against it. It returns "" where there is no parent, or no cgroup v2.
-func hostCgroup(parent, id string) (string, error) {
-	if parent == "" || !unified() {
+// cgroups are where VMMs run on the node.
+type cgroups struct{ warn sync.Once }
+
+// path is the cgroup of a pod's VMM, below the one that the kubelet made for the pod, so that all of
+// a pod counts against it. It is "" where there is no parent, or no cgroup v2.
+//
+// With the systemd driver the parent is a slice, which exists already; the folder below it is no
+// unit, and systemd leaves it alone.
+func (c *cgroups) path(parent, id string) (string, error) {
+	if parent == "" {
 		return "", nil
 	}
 	dir, err := cgroupPath(parent)
 	if err != nil {
 		return "", err
 	}
-	// With the systemd driver the slice is there already; the folder below it is not a unit, which
-	// systemd leaves alone in a slice of the kubelet's, as it does those of other runtimes.
-	path := filepath.Join(cgroupRoot, dir, "caisson-"+id[:shortID])
-	if err := os.MkdirAll(path, 0o755); err != nil {
-		return "", fmt.Errorf("cgroup of pod: %w", err)
+	if !unified() {
+		c.warn.Do(func() {
+			slog.Warn("no cgroup v2 at " + cgroupRoot + ": pods' VMs are not in the kubelet's cgroups, whose limits do not hold for them")
+		})
+		return "", nil
 	}
-	return path, nil
+	return filepath.Join(cgroupRoot, dir, "caisson-"+id[:shortID]), nil
+}
+
+func makeCgroup(path string) error {
+	if path == "" {
+		return nil
+	}
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		return fmt.Errorf("cgroup of pod: %w", err)
+	}
+	return nil
 }
 
 // unified tells whether the node has cgroup v2.
@@ -68,7 +86,6 @@ func removeCgroup(path string) error {
 	if path == "" {
 		return nil
 	}
-	os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0) // an error is that of Remove, too
 	const limit, step = 5 * time.Second, 10 * time.Millisecond
 	for end := time.Now().Add(limit); ; time.Sleep(step) {
 		err := unix.Rmdir(path)
@@ -77,6 +94,10 @@ func removeCgroup(path string) error {
 			return nil
 		case !errors.Is(err, unix.EBUSY) || time.Now().After(end):
 			return fmt.Errorf("remove cgroup %s: %w", path, err)
+		}
+		// Killed processes take a moment to go; nobody tells when they have.
+		if err := os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("kill cgroup %s: %w", path, err)
 		}
 	}
 }

@@ -4,34 +4,36 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"os"
+	"maps"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
-	"github.com/caisson-vm/caisson/podvm/state"
 )
 
 // Container is a container in a pod's VM. Its methods may be called concurrently.
 type Container struct {
-	id      string
-	pod     *Pod
-	created time.Time
-	change  semaphore     // held by whoever changes the container
-	exited  chan struct{} // closed when the state is Exited
-	logged  chan struct{} // closed when all its output is in the log
+	id       string
+	pod      *Pod
+	created  time.Time
+	record   *saved[containerRecord]
+	change   semaphore     // held by whoever changes the container
+	starting semaphore     // held while it is started: its end is told after its beginning
+	exiting  atomic.Bool   // its exit was reported and is being handled
+	exited   chan struct{} // closed when the state is Exited
+	logged   chan struct{} // closed when no more output is moved to the log
 
-	mu      sync.Mutex
-	record  containerRecord
-	log     *logWriter // nil: it has no log
-	exiting bool       // its exit was reported and is being handled
+	mu     sync.Mutex
+	log    *logWriter // nil until it was opened
+	endLog func()     // ends the moving of output to the log
 }
 
 // ID is 64 hex digits.
@@ -42,35 +44,63 @@ func (c *Container) Pod() *Pod { return c.pod }
 
 // Status is a snapshot. It never waits.
 func (c *Container) Status() ContainerStatus {
-	path := c.logFile()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	r := c.record
+	r := c.record.now()
 	return ContainerStatus{
 		ID: c.id, Pod: c.pod.id, Config: r.Config, State: r.State, Created: r.Created, Started: r.Started, Finished: r.Finished,
-		ExitCode: r.ExitCode, Reason: r.Reason, Message: r.Message, LogPath: path, ImageRef: r.ImageRef, PID: r.PID, User: r.User,
+		ExitCode: r.ExitCode, Reason: r.Reason, Message: r.Message, LogPath: c.logFile(), ImageRef: r.ImageRef, PID: r.PID, User: r.User,
 	}
 }
 
-func (c *Container) save() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.saveLocked()
+// logFile is the absolute path of the container's log, "" if it has none.
+func (c *Container) logFile() string {
+	dir, path := c.pod.record.now().Config.LogDir, c.record.now().Config.LogPath
+	if dir == "" || path == "" {
+		return ""
+	}
+	return filepath.Join(dir, path)
 }
 
-func (c *Container) saveLocked() error {
-	return state.Write(c.pod.m.layout.container(c.pod.id, c.id), c.record)
+// containerOf makes a container of its record.
+func (p *Pod) containerOf(r containerRecord) *Container {
+	l := p.m.layout
+	c := &Container{
+		id: r.ID, pod: p, created: r.Created, record: newSaved(l.container(p.id, r.ID), r),
+		change: make(semaphore, 1), starting: make(semaphore, 1),
+		exited: make(chan struct{}), logged: make(chan struct{}), endLog: func() {},
+	}
+	if r.State == Exited {
+		close(c.exited)
+	}
+	return c
+}
+
+// add makes a container visible, unless its VM has ended meanwhile: then it has ended, too.
+func (p *Pod) add(c *Container) {
+	p.m.mu.Lock()
+	p.m.containers[c.id] = c
+	p.m.mu.Unlock()
+	p.mu.Lock()
+	p.containers[c.id] = c
+	p.mu.Unlock()
+	if r := p.record.now(); r.Stage == stopped {
+		c.endedWithVM(r.Reason, r.Message)
+	}
+}
+
+// forget makes a container unknown.
+func (c *Container) forget() {
+	m := c.pod.m
+	m.mu.Lock()
+	delete(m.containers, c.id)
+	m.mu.Unlock()
+	c.pod.mu.Lock()
+	delete(c.pod.containers, c.id)
+	c.pod.mu.Unlock()
+	m.events.send(Event{Kind: EventDeleted, Pod: c.pod.Status(), Container: c.Status()})
 }
 
 func (c *Container) removeFiles() error {
-	l := c.pod.m.layout
-	var errs []error
-	for _, path := range []string{l.container(c.pod.id, c.id), l.logPosition(c.pod.id, c.id)} {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
+	return errors.Join(c.record.remove(), remove(c.pod.m.layout.logPosition(c.pod.id, c.id)))
 }
 
 // in is an error of a container that is in the wrong state.
@@ -95,7 +125,11 @@ func (c *Container) Start(ctx context.Context) error {
 		return err
 	}
 	defer done()
-	if s := c.Status().State; s != Created {
+	if err := c.starting.lock(ctx); err != nil {
+		return err
+	}
+	defer c.starting.unlock()
+	if s := c.record.now().State; s != Created {
 		return c.in(s, "start")
 	}
 	rpc, err := c.pod.rpc(ctx)
@@ -104,22 +138,38 @@ func (c *Container) Start(ctx context.Context) error {
 	}
 	r, err := rpc.Start(ctx, &agent.StartRequest{Id: c.id})
 	if err != nil {
-		c.ended(time.Now(), 128, "StartError", printable(err.Error()))
+		if !unclear(err) {
+			c.ended(time.Now(), startErrorCode, "StartError", printable(err.Error()))
+		}
 		return fmt.Errorf("start container %s: %w", c.id, err)
 	}
-	c.mu.Lock()
-	c.record.Started, c.record.PID = guestTime(r.StartedNs, c.created), r.Pid
-	if c.record.State == Created { // else it has ended already
-		c.record.State = Running
-	}
-	err = c.saveLocked()
-	c.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	slog.Info("container started", "pod", c.pod.id, "container", c.id)
-	c.pod.m.events.send(Event{Kind: EventStarted, Pod: c.pod.Status(), Container: c.Status()})
+	c.begun(guestTime(r.StartedNs, c.created), r.Pid)
 	return nil
+}
+
+// startErrorCode is the exit code of a container whose command could not be run, as containerd has it.
+const startErrorCode = 128
+
+// unclear tells of an error of a call that it may have succeeded, or did before: Watch will tell.
+func unclear(err error) bool {
+	return errors.Is(err, errdefs.ErrUnavailable) || errors.Is(err, errdefs.ErrFailedPrecondition) ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+}
+
+// begun records that the container runs. It needs the starting lock.
+func (c *Container) begun(at time.Time, pid uint32) {
+	changed, err := c.record.update(func(r *containerRecord) bool {
+		if r.State != Created {
+			return false // its VM has ended
+		}
+		r.State, r.Started, r.PID = Running, at, pid
+		return true
+	})
+	c.pod.note("record that a container runs", err)
+	if changed {
+		slog.Info("container started", "pod", c.pod.id, "container", c.id)
+		c.pod.m.events.send(Event{Kind: EventStarted, Pod: c.pod.Status(), Container: c.Status()})
+	}
 }
 
 // killLimit is how long a killed container may take to end.
@@ -130,35 +180,33 @@ const killLimit = 30 * time.Second
 func (c *Container) Stop(ctx context.Context, grace time.Duration) error {
 	ctx, cancel := operation(ctx, grace+killLimit)
 	defer cancel()
-	switch c.Status().State {
+	return c.stop(ctx, grace)
+}
+
+func (c *Container) stop(ctx context.Context, grace time.Duration) error {
+	switch c.record.now().State {
 	case Exited:
 		return nil
 	case Created, Unknown:
 		grace = 0 // nothing of it has run
 	}
-	rpc, err := c.pod.rpc(ctx)
-	if err != nil {
-		if c.Status().State == Exited {
-			return nil
-		}
-		return fmt.Errorf("stop container %s: %w", c.id, err)
-	}
 	if grace > 0 {
-		number, err := signalNumber(c.record.StopSignal)
+		number, err := signalNumber(c.record.now().StopSignal)
 		if err != nil {
 			return fmt.Errorf("stop container %s: %w", c.id, err)
 		}
-		if _, err := rpc.Signal(ctx, &agent.SignalRequest{Id: c.id, Signal: int32(number)}); err != nil && !c.over() {
-			return fmt.Errorf("stop container %s: %w", c.id, err)
+		if over, err := c.signal(ctx, number, false); over || err != nil {
+			return err
 		}
 		select {
 		case <-c.exited:
 			return nil
 		case <-time.After(grace):
+		case <-ctx.Done():
 		}
 	}
-	if _, err := rpc.Signal(ctx, &agent.SignalRequest{Id: c.id, Signal: int32(unix.SIGKILL), All: true}); err != nil && !c.over() {
-		return fmt.Errorf("kill container %s: %w", c.id, err)
+	if over, err := c.signal(ctx, unix.SIGKILL, true); over || err != nil {
+		return err
 	}
 	select {
 	case <-c.exited:
@@ -168,13 +216,22 @@ func (c *Container) Stop(ctx context.Context, grace time.Duration) error {
 	}
 }
 
-func (c *Container) over() bool {
-	select {
-	case <-c.exited:
-		return true
-	default:
-		return false
+// signal sends a signal. When it can't because the container, or its VM, just ended, over is true.
+func (c *Container) signal(ctx context.Context, number unix.Signal, all bool) (over bool, err error) {
+	rpc, err := c.pod.rpc(ctx)
+	if err == nil {
+		_, err = rpc.Signal(ctx, &agent.SignalRequest{Id: c.id, Signal: int32(number), All: all})
 	}
+	if err == nil {
+		return false, nil
+	}
+	select { // the end of a VM breaks its streams before it is known
+	case <-c.exited:
+		return true, nil
+	case <-time.After(time.Second):
+	case <-ctx.Done():
+	}
+	return false, fmt.Errorf("send %s to container %s: %w", unix.SignalName(number), c.id, err)
 }
 
 // signalNumber reads "SIGTERM", "TERM" or "15"; "" is SIGTERM.
@@ -186,19 +243,37 @@ func signalNumber(name string) (unix.Signal, error) {
 		return unix.Signal(n), nil
 	}
 	upper := "SIG" + strings.TrimPrefix(strings.ToUpper(name), "SIG")
+	if n, ok := otherSignals[upper]; ok {
+		return n, nil
+	}
 	if n := unix.SignalNum(upper); n != 0 {
 		return n, nil
 	}
-	base, offset, ok := strings.Cut(upper, "+")
-	if n, err := strconv.Atoi(offset); ok && err == nil && base == "SIGRTMIN" && n >= 0 && n <= 30 {
-		return unix.Signal(34 + n), nil
+	if n, ok := realTime(upper, "SIGRTMIN+"); ok {
+		return signalRTMin + n, nil
 	}
-	if base, offset, ok = strings.Cut(upper, "-"); ok && base == "SIGRTMAX" {
-		if n, err := strconv.Atoi(offset); err == nil && n >= 0 && n <= 30 {
-			return unix.Signal(64 - n), nil
-		}
+	if n, ok := realTime(upper, "SIGRTMAX-"); ok {
+		return signalRTMax - n, nil
 	}
 	return 0, fmt.Errorf("signal %q: %w", name, errdefs.ErrInvalidArgument)
+}
+
+// Real-time signals, as the C library numbers them.
+const (
+	signalRTMin unix.Signal = 34
+	signalRTMax unix.Signal = 64
+)
+
+// otherSignals are names that package unix does not know.
+var otherSignals = map[string]unix.Signal{
+	"SIGCLD": unix.SIGCHLD, "SIGPOLL": unix.SIGIO, "SIGIOT": unix.SIGABRT, "SIGRTMIN": signalRTMin, "SIGRTMAX": signalRTMax,
+}
+
+// realTime reads a real-time signal that is counted from the first or the last.
+func realTime(name, from string) (unix.Signal, bool) {
+	text, ok := strings.CutPrefix(name, from)
+	n, err := strconv.ParseUint(text, 10, 8)
+	return unix.Signal(n), ok && err == nil && unix.Signal(n) <= signalRTMax-signalRTMin
 }
 
 // Remove removes the container; one that runs is killed first.
@@ -208,24 +283,29 @@ func (c *Container) Remove(ctx context.Context) error {
 		return err
 	}
 	defer done()
-	if c.pod.machine() != nil {
-		if err := c.Stop(ctx, 0); err != nil && !errors.Is(err, errdefs.ErrFailedPrecondition) {
-			return err
-		}
-		if rpc, err := c.pod.rpc(ctx); err == nil {
-			if _, err := rpc.Remove(ctx, &agent.RemoveRequest{Id: c.id}); err != nil && c.pod.machine() != nil {
-				return fmt.Errorf("remove container %s: %w", c.id, err)
-			}
+	if c.pod.running() {
+		if err := c.removeFromGuest(ctx); err != nil && c.pod.running() {
+			return fmt.Errorf("remove container %s: %w", c.id, err)
 		}
 	}
-	if err := c.removeFiles(); err != nil {
+	if err := errors.Join(c.closeLog(), c.removeFiles()); err != nil {
 		return fmt.Errorf("remove container %s: %w", c.id, err)
 	}
-	c.closeLog()
-	c.pod.m.forgetContainer(c)
+	c.forget()
 	slog.Info("container removed", "pod", c.pod.id, "container", c.id)
-	c.pod.m.events.send(Event{Kind: EventDeleted, Pod: c.pod.Status(), Container: c.Status()})
 	return nil
+}
+
+func (c *Container) removeFromGuest(ctx context.Context) error {
+	if err := c.stop(ctx, 0); err != nil {
+		return err
+	}
+	c.drain(ctx)
+	rpc, err := c.pod.rpc(ctx)
+	if err == nil {
+		_, err = rpc.Remove(ctx, &agent.RemoveRequest{Id: c.id})
+	}
+	return err
 }
 
 // Update changes the limits of a container, and the VM's size with them.
@@ -235,10 +315,22 @@ func (c *Container) Update(ctx context.Context, r Resources) error {
 		return err
 	}
 	defer done()
-	if s := c.Status().State; s != Created && s != Running {
+	if err := c.update(ctx, r); err != nil {
+		return fmt.Errorf("update container %s: %w", c.id, err)
+	}
+	return nil
+}
+
+func (c *Container) update(ctx context.Context, change Resources) error {
+	if s := c.record.now().State; s != Created && s != Running {
 		return c.in(s, "update")
 	}
 	rpc, err := c.pod.rpc(ctx)
+	if err != nil {
+		return err
+	}
+	merged := c.record.now().Config.Resources.merge(change)
+	data, err := linuxResources(merged)
 	if err != nil {
 		return err
 	}
@@ -246,22 +338,18 @@ func (c *Container) Update(ctx context.Context, r Resources) error {
 		return err
 	}
 	defer c.pod.change.unlock()
-	merged := c.Status().Config.Resources.merge(r)
-	if err := c.pod.growWithout(ctx, c.id, merged); err != nil {
-		return fmt.Errorf("update container %s: %w", c.id, err)
-	}
-	data, err := linuxResources(merged)
-	if err != nil {
+	size := c.pod.sizeFor(c.pod.record.now().Config, append(c.pod.limits(c.id), merged))
+	if err := c.pod.growTo(ctx, size); err != nil {
 		return err
 	}
 	if _, err := rpc.Update(ctx, &agent.UpdateRequest{Id: c.id, Resources: data}); err != nil {
-		return fmt.Errorf("update container %s: %w", c.id, err)
+		return err
 	}
-	c.mu.Lock()
-	c.record.Config.Resources = merged
-	err = c.saveLocked()
-	c.mu.Unlock()
-	return err
+	if err := c.pod.resize(ctx, size); err != nil { // what it gives back
+		return err
+	}
+	c.pod.note("record a container's resources", c.record.set(func(r *containerRecord) { r.Config.Resources = merged }))
+	return nil
 }
 
 // merge is r with what is set in the change.
@@ -284,11 +372,20 @@ func (r Resources) merge(change Resources) Resources {
 	if change.CPUSetMems != "" {
 		r.CPUSetMems = change.CPUSetMems
 	}
-	if change.HugepageLimits != nil {
-		r.HugepageLimits = change.HugepageLimits
-	}
-	if change.Unified != nil {
-		r.Unified = change.Unified
-	}
+	r.HugepageLimits = mergeMaps(r.HugepageLimits, change.HugepageLimits)
+	r.Unified = mergeMaps(r.Unified, change.Unified)
 	return r
+}
+
+func mergeMaps[V any](old, change map[string]V) map[string]V {
+	if len(change) == 0 {
+		return old
+	}
+	merged := maps.Clone(change)
+	for key, value := range old {
+		if _, ok := change[key]; !ok {
+			merged[key] = value
+		}
+	}
+	return merged
 }

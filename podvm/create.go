@@ -7,8 +7,8 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -30,11 +30,11 @@ func (p *Pod) Create(ctx context.Context, c ContainerConfig) (*Container, error)
 	}
 	defer p.change.unlock()
 	for _, old := range p.Containers() {
-		if s := old.Status(); s.Config.Name == c.Name && s.Config.Attempt == c.Attempt {
-			if s.State == Created {
+		if r := old.record.now(); r.Config.Name == c.Name && r.Config.Attempt == c.Attempt {
+			if r.State == Created {
 				return old, nil
 			}
-			return nil, fmt.Errorf("container %s, attempt %d, is there as %s and %s: %w", c.Name, c.Attempt, old.id, s.State, errdefs.ErrAlreadyExists)
+			return nil, fmt.Errorf("container %s, attempt %d, is there as %s and %s: %w", c.Name, c.Attempt, old.id, r.State, errdefs.ErrAlreadyExists)
 		}
 	}
 	made, err := p.create(ctx, c)
@@ -49,86 +49,107 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	if err != nil {
 		return nil, err
 	}
+	n := newContainer{Pod: p, record: containerRecord{
+		ID: newID(), Pod: p.id, Config: config, State: Created, Created: time.Now(), WriteBack: map[string]string{},
+	}}
+	request, err := n.request(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c := p.containerOf(n.record)
 	var u undo.Stack
 	defer u.Run()
-	image, address, err := p.attachImage(ctx, config.Image)
-	if err != nil {
+	u.Push("remove container's files", func(context.Context) error { return c.removeFiles() })
+	if err := c.openLog(); err != nil {
 		return nil, err
 	}
-	request, record, err := p.request(ctx, config, image, address)
-	if err != nil {
-		return nil, err
-	}
-	c := p.containerOf(record)
-	if err := c.save(); err != nil {
-		return nil, err
-	}
-	u.Push("remove container", func(context.Context) error { return c.removeFiles() })
+	u.Push("close log", func(context.Context) error { return c.closeLog() })
 	if err := p.grow(ctx, config.Resources); err != nil {
 		return nil, err
 	}
+	u.Push("remove container from the guest", func(ctx context.Context) error {
+		if !p.running() {
+			return nil
+		}
+		_, err := rpc.Remove(ctx, &agent.RemoveRequest{Id: c.id})
+		return err
+	})
 	made, err := rpc.Create(ctx, request)
 	if err != nil {
 		return nil, err
 	}
-	u.Push("remove container from the guest", func(ctx context.Context) error {
-		_, err := rpc.Remove(ctx, &agent.RemoveRequest{Id: c.id})
-		return err
+	err = c.record.set(func(r *containerRecord) {
+		r.User = &ResolvedUser{UID: made.Uid, GID: made.Gid, SupplementalGroups: made.Groups}
 	})
-	if err := c.becomeCreated(made); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	u.Release()
+	c.followOutput()
+	p.add(c)
+	n.catchUp()
 	slog.Info("container created", "pod", p.id, "container", c.id, "name", config.Name, "ms", time.Since(c.created).Milliseconds())
 	p.m.events.send(Event{Kind: EventCreated, Pod: p.Status(), Container: c.Status()})
 	return c, nil
 }
 
-// request is what the guest is asked for, and what is recorded of it.
-func (p *Pod) request(ctx context.Context, config ContainerConfig, image imagestore.Image, address string) (*agent.CreateRequest, containerRecord, error) {
-	record := containerRecord{
-		ID: newID(), Pod: p.id, Config: config, ImageRef: imageRef(image), State: Unknown, Created: time.Now(),
-		StopSignal: config.StopSignal, WriteBack: map[string]string{},
-	}
-	if record.StopSignal == "" {
-		record.StopSignal = image.Config.Config.StopSignal
-	}
-	p.mu.Lock()
-	pod := p.record.Config
-	p.mu.Unlock()
-	spec, err := ociSpec(pod, config, image.Config.Config)
+// newContainer is a container that is being made.
+type newContainer struct {
+	*Pod
+	record containerRecord
+	read   map[string]string // volumes that were copied: the version of each
+}
+
+// request is what the guest is asked for. It fills in the record.
+func (n *newContainer) request(ctx context.Context) (*agent.CreateRequest, error) {
+	r := &n.record
+	image, address, err := n.attachImage(ctx, r.Config.Image)
 	if err != nil {
-		return nil, record, err
+		return nil, err
 	}
-	if record.Process, err = json.Marshal(spec.Process); err != nil {
-		return nil, record, err
+	r.ImageRef, r.StopSignal = image.ID, r.Config.StopSignal
+	if _, err := signalNumber(r.StopSignal); err != nil {
+		return nil, fmt.Errorf("stop signal: %w", err)
+	}
+	if _, err := signalNumber(image.Config.Config.StopSignal); err == nil && r.StopSignal == "" {
+		r.StopSignal = image.Config.Config.StopSignal
+	}
+	pod := n.Pod.record.now().Config
+	pod.Hostname = hostname(n.id, pod)
+	spec, err := ociSpec(pod, r.Config, image.Config.Config)
+	if err != nil {
+		return nil, err
+	}
+	if r.Process, err = json.Marshal(spec.Process); err != nil {
+		return nil, err
 	}
 	data, err := json.Marshal(spec)
 	if err != nil {
-		return nil, record, err
+		return nil, err
 	}
-	mounts, err := p.mounts(ctx, config, &record)
+	mounts, err := n.mounts(ctx)
 	if err != nil {
-		return nil, record, err
+		return nil, err
 	}
-	r := &agent.CreateRequest{
-		Id: record.ID, Spec: data, Rootfs: &agent.Rootfs{ImageAddr: address, Dax: strings.HasPrefix(address, "pci:"), Readonly: config.Security.ReadOnlyRootfs},
-		Mounts: mounts, User: guestUser(config.Security.User, image.Config.Config.User),
-		Stdin: config.Stdin, StdinOnce: config.StdinOnce,
-	}
-	switch config.Security.PIDMode {
-	case "pod":
-		r.SharePid = true
-	case "node":
-		r.GuestPid = true
-	case "target":
-		r.TargetPid = config.Security.TargetContainer
-	}
-	return r, record, nil
+	s := r.Config.Security
+	return &agent.CreateRequest{
+		Id: r.ID, Spec: data, Rootfs: &agent.Rootfs{ImageAddr: address, Dax: isPMEM(address), Readonly: s.ReadOnlyRootfs},
+		Mounts: mounts, User: guestUser(s.User, image.Config.Config.User),
+		Stdin: r.Config.Stdin, StdinOnce: r.Config.StdinOnce,
+		SharePid: s.PIDMode == "pod", GuestPid: s.PIDMode == "node", TargetPid: s.targetPID(),
+	}, nil
 }
 
-// imageRef names the image as the kubelet compares it: by its id.
-func imageRef(i imagestore.Image) string { return i.ID }
+// targetPID is the container whose processes are to be seen.
+func (s Security) targetPID() string {
+	if s.PIDMode == "target" {
+		return s.TargetContainer
+	}
+	return ""
+}
+
+// isPMEM tells whether the address, of vmm.VM.AddDisk, is that of a device whose pages are the host's.
+func isPMEM(address string) bool { return strings.HasPrefix(address, "pci:") }
 
 // guestUser is who the guest looks up in the image's files.
 func guestUser(u User, imageUser string) *agent.User {
@@ -154,83 +175,57 @@ func guestUser(u User, imageUser string) *agent.User {
 // link in the pod's folder is its lease on the image.
 func (p *Pod) attachImage(ctx context.Context, id string) (imagestore.Image, string, error) {
 	name := strings.TrimPrefix(id, "sha256:")
+	if !isHex(name) {
+		return imagestore.Image{}, "", fmt.Errorf("image %q: want its id: %w", id, errdefs.ErrInvalidArgument)
+	}
 	path := p.m.layout.image(p.id, name)
 	image, err := p.m.o.Images.Link(id, path)
-	if err != nil && !errors.Is(err, errdefs.ErrAlreadyExists) && !errors.Is(err, fs.ErrExist) {
+	if err != nil {
 		return image, "", fmt.Errorf("image %s: %w", id, err)
 	}
-	p.mu.Lock()
-	address := p.record.Disks[image.ID]
-	p.mu.Unlock()
-	if address != "" {
-		return image, address, nil
+	address, err := p.attachDisk(ctx, image.ID, vmm.Disk{Serial: name[:min(len(name), vmm.SerialMax)], Path: path, ReadOnly: true, Shared: true})
+	if err != nil && p.record.now().Disks[image.ID] == "" {
+		err = errors.Join(err, remove(path))
 	}
-	serial := name[:min(len(name), vmm.SerialMax)]
-	address, err = p.machine().AddDisk(ctx, vmm.Disk{Serial: serial, Path: path, ReadOnly: true, Shared: true})
-	if err != nil {
-		return image, "", errors.Join(err, os.Remove(path))
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.record.Disks[image.ID] = address
-	return image, address, p.saveLocked()
+	return image, address, err
 }
 
-// containerOf makes a container of its record and makes it visible in its pod.
-func (p *Pod) containerOf(r containerRecord) *Container {
-	c := &Container{
-		id: r.ID, pod: p, created: r.Created, change: make(semaphore, 1), record: r,
-		exited: make(chan struct{}), logged: make(chan struct{}),
-	}
-	if r.State == Exited {
-		close(c.exited)
-		close(c.logged)
-	}
-	return c
+func isHex(s string) bool {
+	return s != "" && strings.Trim(s, "0123456789abcdef") == ""
 }
 
-// becomeCreated records the container and makes it visible.
-func (c *Container) becomeCreated(made *agent.CreateResponse) error {
-	c.mu.Lock()
-	c.record.State = Created
-	c.record.User = &ResolvedUser{UID: made.Uid, GID: made.Gid, SupplementalGroups: made.Groups}
-	err := c.saveLocked()
-	c.mu.Unlock()
-	if err != nil {
+// remove removes a file, if it is there.
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := c.openLog(); err != nil {
-		return err
-	}
-	c.pod.m.addContainer(c)
 	return nil
 }
 
-func (m *Manager) addContainer(c *Container) {
-	m.mu.Lock()
-	m.containers[c.id] = c
-	m.mu.Unlock()
-	c.pod.mu.Lock()
-	c.pod.containers[c.id] = c
-	c.pod.mu.Unlock()
-}
-
-func (m *Manager) forgetContainer(c *Container) {
-	m.mu.Lock()
-	delete(m.containers, c.id)
-	m.mu.Unlock()
-	c.pod.mu.Lock()
-	delete(c.pod.containers, c.id)
-	c.pod.mu.Unlock()
-}
-
-// logFile is the absolute path of the container's log, "" if it has none.
-func (c *Container) logFile() string {
-	c.pod.mu.Lock()
-	dir := c.pod.record.Config.LogDir
-	c.pod.mu.Unlock()
-	if dir == "" || c.record.Config.LogPath == "" {
-		return ""
+// attachDisk gives the VM a disk, once, and records its address under the key.
+func (p *Pod) attachDisk(ctx context.Context, key string, d vmm.Disk) (string, error) {
+	if address := p.record.now().Disks[key]; address != "" {
+		return address, nil
 	}
-	return filepath.Join(dir, c.record.Config.LogPath)
+	v := p.machine()
+	if v == nil {
+		return "", p.notReady()
+	}
+	address, err := v.AddDisk(ctx, d)
+	if errors.Is(err, errdefs.ErrAlreadyExists) { // a daemon died before it had recorded the address
+		if err = v.RemoveDisk(ctx, d.Serial); err == nil {
+			address, err = v.AddDisk(ctx, d)
+		}
+	}
+	if err != nil {
+		return "", err
+	}
+	err = p.record.set(func(r *podRecord) {
+		r.Disks = maps.Clone(r.Disks)
+		if r.Disks == nil {
+			r.Disks = map[string]string{}
+		}
+		r.Disks[key] = address
+	})
+	return address, err
 }

@@ -57,6 +57,8 @@ type Options struct {
 	Guest   guestimage.Files
 	Network Network
 	Images  Images
+	// Shares serves directories of the host to guests; nil: containers that want one are refused.
+	Shares Shares
 	// Templates, where set, are what pods are cloned from, one per Scope: "node", "namespace".
 	Templates Templates
 	Scope     string
@@ -72,6 +74,7 @@ type Manager struct {
 	o       Options
 	layout  layout
 	scratch *scratch
+	cgroups cgroups
 	syncer  *syncer
 	events  broker
 
@@ -91,8 +94,8 @@ func nameOf(c PodConfig) podName { return podName{c.Name, c.Namespace, c.UID, c.
 
 // start is one call of Run; further calls for the same pod wait for it.
 type start struct {
-	done chan struct{} // closed when the rest is set
 	pod  *Pod
+	done chan struct{} // closed when err is set
 	err  error
 }
 
@@ -118,14 +121,19 @@ func New(o Options) (*Manager, error) {
 	if m.scratch, err = newScratch(o.Root, o.Scratch); err != nil {
 		return nil, err
 	}
-	m.syncer, err = newSyncer()
-	return m, err
+	if m.syncer, err = newSyncer(); err != nil {
+		return nil, err
+	}
+	return m, nil
 }
 
 // Close lets go of everything; VMs and their containers run on.
 func (m *Manager) Close() error {
 	for _, p := range m.Pods() {
-		p.detach()
+		p.letGo()
+	}
+	for _, p := range m.Pods() {
+		p.tasks.wait()
 	}
 	return m.syncer.close()
 }
@@ -211,12 +219,13 @@ func operation(ctx context.Context, limit time.Duration) (context.Context, conte
 // Run starts a pod. A call for a pod that is being started waits for that; one for a pod that runs
 // returns it. A pod of the same name and attempt that has stopped is errdefs.ErrAlreadyExists.
 func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
-	if err := c.onlyForNode(); err != nil {
+	driver, err := m.driverFor(c)
+	if err != nil {
 		return nil, err
 	}
-	s, first := m.reserve(nameOf(c))
+	s, first := m.reserve(c, driver)
 	if first {
-		go m.run(ctx, s, c)
+		go m.run(ctx, s)
 	}
 	select {
 	case <-s.done:
@@ -232,38 +241,54 @@ func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
 	return s.pod, nil
 }
 
-// onlyForNode refuses what a VM can't be.
-func (c PodConfig) onlyForNode() error {
-	for what, wanted := range map[string]bool{"hostNetwork": c.HostNetwork, "hostPID": c.HostPID, "hostIPC": c.HostIPC} {
-		if wanted {
-			return fmt.Errorf("%s: a pod in a VM can't share the node's namespaces; run it on a node with another runtime: %w", what, errdefs.ErrNotImplemented)
+// driverFor chooses what a pod runs on. Pods that are to be part of the node itself can't be VMs,
+// and no driver runs pods outside of one.
+func (m *Manager) driverFor(c PodConfig) (vmm.Driver, error) {
+	for _, ns := range []struct {
+		name   string
+		wanted bool
+	}{{"hostNetwork", c.HostNetwork}, {"hostPID", c.HostPID}, {"hostIPC", c.HostIPC}} {
+		if ns.wanted {
+			return nil, fmt.Errorf("%s: a pod in a VM can't share the node's namespaces; run it on a node with another runtime: %w", ns.name, errdefs.ErrNotImplemented)
 		}
 	}
-	return nil
+	return m.o.Driver, nil
 }
 
-func (m *Manager) reserve(n podName) (s *start, first bool) {
+func (m *Manager) reserve(c PodConfig, driver vmm.Driver) (s *start, first bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if s, ok := m.names[n]; ok {
+	if s, ok := m.names[nameOf(c)]; ok {
 		return s, false
 	}
-	s = &start{done: make(chan struct{})}
-	m.names[n] = s
+	s = &start{done: make(chan struct{}), pod: m.newPod(newID(), c, driver)}
+	m.names[nameOf(c)] = s
 	return s, true
 }
 
 // run is the one call that starts the pod.
-func (m *Manager) run(ctx context.Context, s *start, c PodConfig) {
+func (m *Manager) run(ctx context.Context, s *start) {
 	defer close(s.done)
 	ctx, cancel := operation(ctx, startLimit)
 	defer cancel()
-	s.pod, s.err = m.startPod(ctx, c)
-	if s.err != nil {
-		m.mu.Lock()
-		delete(m.names, nameOf(c))
-		m.mu.Unlock()
+	if s.err = m.startPod(ctx, s.pod); s.err == nil {
+		return
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := nameOf(s.pod.record.now().Config)
+	if m.pods[s.pod.id] == nil {
+		delete(m.names, n)
+		return
+	}
+	m.names[n] = started(s.pod) // it could not be undone, and stays until it is removed
+}
+
+// started is the start of a pod that is there.
+func started(p *Pod) *start {
+	s := &start{done: make(chan struct{}), pod: p}
+	close(s.done)
+	return s
 }
 
 // add makes a pod visible.
@@ -273,12 +298,20 @@ func (m *Manager) add(p *Pod) {
 	m.pods[p.id] = p
 }
 
+// register makes a pod that was read visible, under its name.
+func (m *Manager) register(p *Pod) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.pods[p.id] = p
+	m.names[nameOf(p.record.now().Config)] = started(p)
+}
+
 // forget makes a pod and its name unknown.
 func (m *Manager) forget(p *Pod) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.pods, p.id)
-	n := nameOf(p.record.Config)
+	n := nameOf(p.record.now().Config)
 	if s, ok := m.names[n]; ok && s.pod == p {
 		delete(m.names, n)
 	}

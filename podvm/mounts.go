@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -22,18 +23,18 @@ import (
 // kubeletVolume matches the folders of volumes that the kubelet itself fills, by kind and name.
 var kubeletVolume = regexp.MustCompile(`/pods/[^/]+/volumes/kubernetes\.io~(configmap|secret|projected|downward-api|empty-dir)/([^/]+)(/.*)?$`)
 
-// mounts says how each mount of a container reaches it. What can't is refused with the reason.
-func (p *Pod) mounts(ctx context.Context, c ContainerConfig, record *containerRecord) ([]*agent.Mount, error) {
+// mounts says how each mount of the container reaches it. What can't is refused with the reason.
+func (n *newContainer) mounts(ctx context.Context) ([]*agent.Mount, error) {
 	var all []*agent.Mount
-	for _, m := range c.Mounts {
-		one, err := p.mount(ctx, m, record)
+	for _, m := range n.record.Config.Mounts {
+		one, err := n.mount(ctx, m)
 		if err != nil {
 			return nil, fmt.Errorf("mount %s: %w", m.ContainerPath, err)
 		}
 		all = append(all, one)
 	}
-	for _, d := range c.Devices {
-		one, err := p.device(ctx, d)
+	for _, d := range n.record.Config.Devices {
+		one, err := n.device(ctx, d)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.HostPath, err)
 		}
@@ -44,34 +45,50 @@ func (p *Pod) mounts(ctx context.Context, c ContainerConfig, record *containerRe
 	return all, nil
 }
 
-func (p *Pod) mount(ctx context.Context, m Mount, record *containerRecord) (*agent.Mount, error) {
+func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error) {
 	to := &agent.Mount{Destination: m.ContainerPath, Options: mountOptions(m)}
 	if m.Image != "" {
-		_, address, err := p.attachImage(ctx, m.Image)
+		_, address, err := n.attachImage(ctx, m.Image)
 		if err != nil {
 			return nil, err
 		}
-		to.Source = &agent.Mount_Disk{Disk: &agent.DiskMount{Addr: address, Dax: strings.HasPrefix(address, "pci:"), SubPath: m.SubPath}}
+		to.Source = &agent.Mount_Disk{Disk: &agent.DiskMount{Addr: address, Dax: isPMEM(address), SubPath: m.SubPath}}
 		return to, nil
 	}
 	if m.Propagation == "rshared" {
 		return nil, fmt.Errorf("Bidirectional propagation: what is mounted in a VM can't appear on the node: %w", errdefs.ErrNotImplemented)
 	}
-	path, info, err := hostPath(m.HostPath)
+	if !filepath.IsAbs(m.HostPath) {
+		return nil, fmt.Errorf("host path %q: want an absolute path: %w", m.HostPath, errdefs.ErrInvalidArgument)
+	}
+	path, info, err := n.hostPath(m.HostPath)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("host path: %w", err)
 	}
 	switch match := kubeletVolume.FindStringSubmatch(path); {
 	case info.Mode().IsRegular():
-		return to, p.copyFile(to, path, info, m.ReadOnly, record)
+		return to, n.copyFile(to, path, info, m.ReadOnly)
 	case !info.IsDir():
-		return nil, fmt.Errorf("%s is a %s, and neither a file nor a directory: %w", path, info.Mode().Type(), errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("%s is a %s, and neither a file nor a directory: %w", path, kindOf(info.Mode()), errdefs.ErrNotImplemented)
 	case match != nil && match[1] == "empty-dir":
 		return to, emptyDir(to, path, match[2], match[3], info)
-	case match != nil:
-		return to, p.copyVolume(to, path, record)
+	case match != nil && match[3] == "":
+		return to, n.copyVolume(to, path)
 	}
-	return nil, fmt.Errorf("host directory %s: only emptyDir, configMap, secret, projected and downwardAPI volumes, image volumes and single files reach a pod in a VM yet: %w", path, errdefs.ErrNotImplemented)
+	return to, n.share(ctx, to, path, m.ReadOnly)
+}
+
+// kindOf names what a path leads to, for those who read errors.
+func kindOf(m fs.FileMode) string {
+	switch {
+	case m&fs.ModeSocket != 0:
+		return "socket"
+	case m&fs.ModeNamedPipe != 0:
+		return "named pipe"
+	case m&fs.ModeDevice != 0:
+		return "device"
+	}
+	return m.Type().String()
 }
 
 func mountOptions(m Mount) []string {
@@ -88,26 +105,24 @@ func mountOptions(m Mount) []string {
 	return options
 }
 
-// hostPath resolves symbolic links, and makes a directory that is missing, as containerd does.
-func hostPath(path string) (string, fs.FileInfo, error) {
-	if !filepath.IsAbs(path) {
-		return "", nil, fmt.Errorf("host path %q: want an absolute path: %w", path, errdefs.ErrInvalidArgument)
-	}
+// hostPath resolves symbolic links, and makes a directory that is missing, as containerd does, where
+// directories can be served.
+func (n *newContainer) hostPath(path string) (string, fs.FileInfo, error) {
 	real, err := filepath.EvalSymlinks(path)
 	if errors.Is(err, fs.ErrNotExist) {
+		if n.m.o.Shares == nil {
+			return "", nil, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+		}
 		if err := os.MkdirAll(path, 0o755); err != nil {
-			return "", nil, fmt.Errorf("host path: %w", noSpace(err, path))
+			return "", nil, noSpace(err, path)
 		}
 		real, err = filepath.EvalSymlinks(path)
 	}
 	if err != nil {
-		return "", nil, fmt.Errorf("host path: %w", err)
+		return "", nil, err
 	}
 	info, err := os.Stat(real)
-	if err != nil {
-		return "", nil, fmt.Errorf("host path: %w", err)
-	}
-	return real, info, nil
+	return real, info, err
 }
 
 // setName names the copies of a host path in the guest: the same path is the same copy.
@@ -118,7 +133,7 @@ func setName(path string) string {
 
 // copyFile copies a single file in: /etc/hosts, the termination log. What the container writes comes
 // back when it ends.
-func (p *Pod) copyFile(to *agent.Mount, path string, info fs.FileInfo, readOnly bool, record *containerRecord) error {
+func (n *newContainer) copyFile(to *agent.Mount, path string, info fs.FileInfo, readOnly bool) error {
 	f, err := readFile(path, "", info)
 	if err != nil {
 		return err
@@ -126,19 +141,16 @@ func (p *Pod) copyFile(to *agent.Mount, path string, info fs.FileInfo, readOnly 
 	name := setName(path)
 	to.Source = &agent.Mount_Files{Files: &agent.Files{Name: name, Single: true, Writeback: !readOnly, Files: []*agent.File{f}}}
 	if !readOnly {
-		record.WriteBack[name] = path
+		n.record.WriteBack[name] = path
 	}
 	return nil
 }
 
 // emptyDir is made in the guest: on the scratch disk, or as a tmpfs where the kubelet made one.
 func emptyDir(to *agent.Mount, path, name, sub string, info fs.FileInfo) error {
-	e := &agent.EmptyDir{Name: name, SubPath: strings.TrimPrefix(sub, "/"), Mode: uint32(info.Mode().Perm())}
-	if info.Mode()&fs.ModeSetgid != 0 {
-		e.Mode |= unix.S_ISGID
-	}
+	e := &agent.EmptyDir{Name: name, SubPath: strings.TrimPrefix(sub, "/")}
 	if st, ok := info.Sys().(*unixStat); ok {
-		e.Gid = st.Gid
+		e.Mode, e.Gid = st.Mode&0o7777, st.Gid
 	}
 	root := strings.TrimSuffix(path, sub)
 	var file, parent unix.Statfs_t
@@ -152,13 +164,40 @@ func emptyDir(to *agent.Mount, path, name, sub string, info fs.FileInfo) error {
 	return nil
 }
 
+// share has a directory of the host served to the guest.
+func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, readOnly bool) error {
+	if n.m.o.Shares == nil {
+		return fmt.Errorf("host directory %s: only emptyDir, configMap, secret, projected and downwardAPI volumes, image volumes and single files reach a pod in a VM yet: %w", path, errdefs.ErrNotImplemented)
+	}
+	d := SharedDir{Tag: setName(fmt.Sprint(path, " ", readOnly)), Path: path, ReadOnly: readOnly}
+	if err := n.serve(ctx, d); err != nil {
+		return err
+	}
+	to.Source = &agent.Mount_Share{Share: &agent.Share{Tag: d.Tag}}
+	if slices.Contains(n.Pod.record.now().Shares, d) {
+		return nil
+	}
+	return n.Pod.record.set(func(r *podRecord) { r.Shares = append(slices.Clone(r.Shares), d) })
+}
+
+// serve begins to serve a directory to the guest.
+func (p *Pod) serve(ctx context.Context, d SharedDir) error {
+	if p.m.o.Shares == nil {
+		return fmt.Errorf("host directory %s: none are served: %w", d.Path, errdefs.ErrNotImplemented)
+	}
+	if err := p.m.o.Shares.Share(ctx, p.id, p, d); err != nil {
+		return fmt.Errorf("host directory %s: %w", d.Path, err)
+	}
+	return nil
+}
+
 // guestDevices are devices that every guest has itself.
 var guestDevices = map[string]bool{
 	"/dev/null": true, "/dev/zero": true, "/dev/full": true, "/dev/random": true, "/dev/urandom": true, "/dev/tty": true,
 }
 
 // device gives a container a block device of the host as one of the guest's.
-func (p *Pod) device(ctx context.Context, d Device) (*agent.Mount, error) {
+func (n *newContainer) device(ctx context.Context, d Device) (*agent.Mount, error) {
 	if guestDevices[d.HostPath] && d.ContainerPath == d.HostPath {
 		return nil, nil
 	}
@@ -173,17 +212,17 @@ func (p *Pod) device(ctx context.Context, d Device) (*agent.Mount, error) {
 	if info.Mode()&fs.ModeDevice == 0 || info.Mode()&fs.ModeCharDevice != 0 {
 		return nil, fmt.Errorf("only block devices reach a pod in a VM: %w", errdefs.ErrNotImplemented)
 	}
-	p.mu.Lock()
-	address := p.record.Disks[path]
-	p.mu.Unlock()
-	if address == "" {
-		if address, err = p.machine().AddDisk(ctx, vmm.Disk{Serial: setName(path)[:vmm.SerialMax], Path: path, ReadOnly: !strings.Contains(d.Permissions, "w")}); err != nil {
-			return nil, err
-		}
-		p.mu.Lock()
-		p.record.Disks[path] = address
-		err = p.saveLocked()
-		p.mu.Unlock()
+	to := &agent.Mount{Destination: d.ContainerPath}
+	disk := vmm.Disk{Path: path, ReadOnly: !strings.Contains(d.Permissions, "w")}
+	key := path
+	if disk.ReadOnly {
+		key, to.Options = path+" ro", []string{"ro"}
 	}
-	return &agent.Mount{Destination: d.ContainerPath, Source: &agent.Mount_Device{Device: &agent.BlockDevice{Addr: address}}}, err
+	disk.Serial = setName(key)[:vmm.SerialMax]
+	address, err := n.attachDisk(ctx, key, disk)
+	if err != nil {
+		return nil, err
+	}
+	to.Source = &agent.Mount_Device{Device: &agent.BlockDevice{Addr: address}}
+	return to, nil
 }

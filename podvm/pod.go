@@ -14,9 +14,9 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
-	"github.com/caisson-vm/caisson/podvm/state"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
@@ -25,15 +25,15 @@ import (
 type Pod struct {
 	m      *Manager
 	id     string
+	record *saved[podRecord]
 	client *agent.Client
-	change semaphore          // held by whoever changes the pod
-	end    context.CancelFunc // ends what follows the VM; set by follow
+	change semaphore // held by whoever changes the pod
+	tasks  tasks     // what follows the VM
 
 	mu         sync.Mutex
-	record     podRecord
 	vm         vmm.VM // nil when it has none (any more)
+	leaving    bool   // its VM is being ended on purpose
 	containers map[string]*Container
-	hooks      []func() // what to end when the VM is let go
 }
 
 // semaphore is a lock that can be waited for with a context.
@@ -48,17 +48,26 @@ func (s semaphore) lock(ctx context.Context) error {
 	}
 }
 
+func (s semaphore) tryLock() bool {
+	select {
+	case s <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
 func (s semaphore) unlock() { <-s }
 
-func (m *Manager) newPod(id string, c PodConfig) *Pod {
-	return m.podOf(podRecord{
-		ID: id, Config: c, Created: time.Now(), Stage: starting, Driver: m.o.Driver.Name(), VM: m.vmConfig(id),
-		Disks: map[string]string{},
-	})
+func (m *Manager) newPod(id string, c PodConfig, driver vmm.Driver) *Pod {
+	return m.podOf(podRecord{ID: id, Config: c, Created: time.Now(), Stage: starting, Driver: driver.Name(), VM: m.vmConfig(id)})
 }
 
 func (m *Manager) podOf(r podRecord) *Pod {
-	p := &Pod{m: m, id: r.ID, change: make(semaphore, 1), record: r, containers: map[string]*Container{}}
+	p := &Pod{
+		m: m, id: r.ID, change: make(semaphore, 1), record: newSaved(m.layout.record(r.ID), r),
+		containers: map[string]*Container{},
+	}
 	p.client = agent.NewClient(p)
 	return p
 }
@@ -87,23 +96,31 @@ func (p *Pod) setMachine(v vmm.VM) {
 	p.vm = v
 }
 
-// Status is a snapshot. It never waits.
-func (p *Pod) Status() PodStatus {
+// running tells whether the pod is ready and stays so.
+func (p *Pod) running() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	r := p.record
+	return p.vm != nil && !p.leaving && p.record.now().Stage == ready
+}
+
+// Status is a snapshot. It never waits.
+func (p *Pod) Status() PodStatus {
+	r := p.record.now()
 	s := PodStatus{
 		ID: p.id, Config: r.Config, State: NotReady, Created: r.Created, Reason: r.Reason, Message: r.Message,
 		Driver: r.Driver, Kernel: r.Kernel, Cgroup: r.VM.Cgroup, Phases: r.Phases,
 	}
-	if r.Stage == ready {
-		s.State = Ready
-	}
 	if r.Network != nil {
 		s.IPs, s.NetNS = r.Network.IPs(), r.Network.NetNS
 	}
-	if p.vm != nil {
-		s.VMM = p.vm.Info()
+	p.mu.Lock()
+	v, leaving := p.vm, p.leaving
+	p.mu.Unlock()
+	if r.Stage == ready && !leaving {
+		s.State = Ready
+	}
+	if v != nil {
+		s.VMM = v.Info()
 	}
 	return s
 }
@@ -120,22 +137,12 @@ func (p *Pod) Containers() []*Container {
 	return all
 }
 
-func (p *Pod) save() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.saveLocked()
-}
-
-// saveLocked is file I/O under the mutex: readers wait for one write of a few kilobytes, and the
-// record on the disk is never older than what they saw.
-func (p *Pod) saveLocked() error { return state.Write(p.m.layout.record(p.id), p.record) }
-
 // notReady says why the pod can't do what needs its VM.
 func (p *Pod) notReady() error {
-	s := p.Status()
-	reason := s.Reason
-	if s.Message != "" {
-		reason += ": " + s.Message
+	r := p.record.now()
+	reason := r.Reason
+	if r.Message != "" {
+		reason += ": " + r.Message
 	}
 	if reason == "" {
 		reason = "it has no VM"
@@ -144,10 +151,7 @@ func (p *Pod) notReady() error {
 }
 
 func (p *Pod) rpc(ctx context.Context) (agent.AgentClient, error) {
-	p.mu.Lock()
-	ok := p.record.Stage == ready && p.vm != nil
-	p.mu.Unlock()
-	if !ok {
+	if !p.running() {
 		return nil, p.notReady()
 	}
 	return p.client.RPC(ctx)
@@ -162,32 +166,37 @@ func (p *Pod) Stop(ctx context.Context) error {
 		return err
 	}
 	defer p.change.unlock()
-	return p.stop(ctx, "Stopped", "")
+	if err := p.stop(ctx); err != nil {
+		return fmt.Errorf("stop pod %s: %w", p.id, err)
+	}
+	return nil
 }
 
 // stop needs the pod's change lock.
-func (p *Pod) stop(ctx context.Context, reason, message string) error {
-	p.mu.Lock()
-	was := p.record.Stage
-	p.mu.Unlock()
-	if err := p.killMachine(ctx); err != nil {
-		return fmt.Errorf("stop pod %s: %w", p.id, err)
+func (p *Pod) stop(ctx context.Context) error {
+	if p.record.now().Down {
+		return nil
 	}
-	p.endContainers(reason, message)
-	err := errors.Join(p.m.o.Network.Teardown(ctx, p.network()), removeCgroup(p.record.VM.Cgroup), os.RemoveAll(p.m.layout.run(p.id)))
-	if err != nil {
-		return fmt.Errorf("stop pod %s: %w", p.id, err)
+	p.quiesce(ctx)
+	group, both := errgroup.WithContext(ctx)
+	group.Go(func() error { return p.killMachine(both) })
+	group.Go(func() error {
+		return p.m.o.Network.Teardown(both, networkPod(p.id, p.record.now().Config))
+	})
+	if err := group.Wait(); err != nil {
+		return err
 	}
-	p.mu.Lock()
-	if p.record.Stage != stopped && p.record.Reason == "" {
-		p.record.Reason, p.record.Message = reason, message
+	p.endContainers(stopReason, "")
+	if err := errors.Join(removeCgroup(p.record.now().VM.Cgroup), os.RemoveAll(p.m.layout.run(p.id))); err != nil {
+		return err
 	}
-	p.record.Stage = stopped
-	err = p.saveLocked()
-	p.mu.Unlock()
-	if err != nil {
-		return fmt.Errorf("stop pod %s: %w", p.id, err)
-	}
+	was := p.record.now().Stage
+	p.note("record that the pod stopped", p.record.set(func(r *podRecord) {
+		if r.Stage != stopped {
+			r.Reason = stopReason
+		}
+		r.Stage, r.Down = stopped, true
+	}))
 	if was != stopped {
 		slog.Info("pod stopped", "pod", p.id)
 		p.m.events.send(Event{Kind: EventStopped, Pod: p.Status()})
@@ -195,20 +204,53 @@ func (p *Pod) stop(ctx context.Context, reason, message string) error {
 	return nil
 }
 
+// stopReason is that of pods, and containers in them, which were stopped because somebody asked.
+const stopReason = "Stopped"
+
+// note logs that a change was not recorded. It has happened all the same, and a daemon that starts
+// anew finds it out from the VM.
+func (p *Pod) note(what string, err error) {
+	if err != nil {
+		slog.Error(what, "pod", p.id, "err", err)
+	}
+}
+
+// quiesceLimit bounds how long a stop waits for containers that should have ended before it.
+const quiesceLimit = 5 * time.Second
+
+// quiesce kills the containers that still run, and waits until what they said is in their logs: with
+// the VM it would be lost.
+func (p *Pod) quiesce(ctx context.Context) {
+	if !p.running() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, quiesceLimit)
+	defer cancel()
+	var group sync.WaitGroup
+	for _, c := range p.Containers() {
+		group.Go(func() {
+			if err := c.stop(ctx, 0); err != nil {
+				slog.Warn("kill a container of a pod that stops", "pod", p.id, "container", c.id, "err", err)
+				return
+			}
+			c.drain(ctx)
+		})
+	}
+	group.Wait()
+}
+
 // killMachine ends the VM, also one that only a former daemon knew.
 func (p *Pod) killMachine(ctx context.Context) error {
 	p.mu.Lock()
-	if p.record.Stage == ready {
-		p.record.Stage = stopping
-	}
+	p.leaving = true
 	v := p.vm
-	driver := p.m.o.Drivers[p.record.Driver]
 	p.mu.Unlock()
-	p.detach()
-	if v == nil && driver != nil {
-		found, err := driver.Attach(ctx, p.record.VM)
+	p.letGo()
+	r := p.record.now()
+	if driver := p.m.o.Drivers[r.Driver]; v == nil && driver != nil {
+		found, err := driver.Attach(ctx, r.VM)
 		if err != nil && !errors.Is(err, vmm.ErrGone) {
-			return err
+			return fmt.Errorf("find its VM: %w", err)
 		}
 		v = found
 	}
@@ -216,26 +258,20 @@ func (p *Pod) killMachine(ctx context.Context) error {
 		return nil
 	}
 	if err := v.Kill(ctx); err != nil {
-		return err
+		return fmt.Errorf("kill its VM: %w", err)
 	}
 	p.setMachine(nil)
 	return nil
 }
 
-// detach ends what follows the VM, and waits for nothing.
-func (p *Pod) detach() {
-	p.mu.Lock()
-	end, hooks := p.end, p.hooks
-	p.hooks = nil
-	p.mu.Unlock()
-	if end != nil {
-		end()
+// letGo ends what follows the VM, and waits for nothing.
+func (p *Pod) letGo() {
+	p.tasks.stop()
+	p.client.Close() // an error is that of a stream which is of no use any more
+	p.m.syncer.forget(p)
+	if p.m.o.Shares != nil {
+		p.m.o.Shares.Release(p.id)
 	}
-	for _, f := range hooks {
-		f()
-	}
-	p.client.Close()
-	p.m.syncer.forget(p.id)
 }
 
 // Remove stops the pod if need be and removes it with its containers and disks.
@@ -246,14 +282,13 @@ func (p *Pod) Remove(ctx context.Context) error {
 		return err
 	}
 	defer p.change.unlock()
-	if err := p.stop(ctx, "Stopped", ""); err != nil {
-		return err
+	if err := p.stop(ctx); err != nil {
+		return fmt.Errorf("remove pod %s: %w", p.id, err)
 	}
 	for _, c := range p.Containers() {
-		p.m.forgetContainer(c)
-		p.m.events.send(Event{Kind: EventDeleted, Pod: p.Status(), Container: c.Status()})
+		c.forget()
 	}
-	if err := os.RemoveAll(p.m.layout.pod(p.id)); err != nil {
+	if err := errors.Join(p.record.remove(), os.RemoveAll(p.m.layout.pod(p.id))); err != nil {
 		return fmt.Errorf("remove pod %s: %w", p.id, err)
 	}
 	p.m.forget(p)
@@ -271,26 +306,21 @@ func (p *Pod) Update(ctx context.Context, overhead, resources *Resources) error 
 		return err
 	}
 	defer p.change.unlock()
-	if p.machine() == nil {
+	if !p.running() {
 		return p.notReady()
 	}
-	p.mu.Lock()
-	old := p.record.Config
+	config := p.record.now().Config
 	if overhead != nil {
-		p.record.Config.Overhead = overhead
+		config.Overhead = overhead
 	}
 	if resources != nil {
-		p.record.Config.Resources = resources
+		config.Resources = resources
 	}
-	p.mu.Unlock()
-	err := p.fit(ctx)
-	if err != nil {
-		p.mu.Lock()
-		p.record.Config = old
-		p.mu.Unlock()
+	if err := p.fit(ctx, config, p.limits("")); err != nil {
 		return fmt.Errorf("resize pod %s: %w", p.id, err)
 	}
-	return p.save()
+	p.note("record a pod's resources", p.record.set(func(r *podRecord) { r.Config = config }))
+	return nil
 }
 
 // Stats asks the guest what the pod uses.
@@ -307,9 +337,9 @@ func (p *Pod) Stats(ctx context.Context) (PodStats, error) {
 }
 
 // PortForward connects the stream to a TCP port on the pod's loopback, until both sides have ended.
-// Errors: errdefs.ErrUnavailable when nobody listens there.
+// Errors: errdefs.ErrFailedPrecondition when nobody listens there.
 func (p *Pod) PortForward(ctx context.Context, port uint16, stream io.ReadWriteCloser) error {
-	if p.machine() == nil {
+	if !p.running() {
 		return p.notReady()
 	}
 	conn, err := p.client.PortForward(ctx, port)
@@ -346,12 +376,5 @@ func printable(s string) string {
 		}
 		return r
 	}, strings.ToValidUTF8(s, "?"))
-	return s[:min(len(s), most)]
-}
-
-// onDetach has f called when the pod's VM is let go.
-func (p *Pod) onDetach(f func()) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.hooks = append(p.hooks, f)
+	return strings.ToValidUTF8(s[:min(len(s), most)], "")
 }

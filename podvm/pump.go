@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
 // How long a log waits before it tries again: after its stream broke, after the disk was full.
@@ -19,7 +20,8 @@ const (
 	retryFull = 2 * time.Second
 )
 
-// pump moves a container's output to its log until all of it is there (nil), or ctx ends.
+// pump moves a container's output to its log until all of it is there (nil), ctx ends, or the VM has
+// ended.
 func pump(ctx context.Context, client *agent.Client, container string, w *logWriter) error {
 	for {
 		err := pumpOnce(ctx, client, container, w)
@@ -28,6 +30,8 @@ func pump(ctx context.Context, client *agent.Client, container string, w *logWri
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
+		case errors.Is(err, vmm.ErrGone):
+			return err
 		}
 		slog.Debug("stream of output broke", "container", container, "err", err)
 		select {

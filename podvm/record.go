@@ -23,8 +23,12 @@ type podRecord struct {
 	Network *network.Attachment `json:",omitempty"`
 	Kernel  string              `json:",omitempty"`
 	Phases  []Phase             `json:",omitempty"`
-	// Disks are the images attached to the VM: the image's id and its address in the guest.
+	// Down tells that nothing of the pod is left on the node but its folder.
+	Down bool `json:",omitempty"`
+	// Disks are the images and block devices attached to the VM, and their addresses in the guest.
 	Disks map[string]string `json:",omitempty"`
+	// Shares are the directories of the host that are served to the guest.
+	Shares []SharedDir `json:",omitempty"`
 }
 
 // stage is how far a pod's life has come.
@@ -33,12 +37,11 @@ type stage string
 const (
 	starting stage = "starting" // a daemon that finds this undoes it
 	ready    stage = "ready"
-	stopping stage = "stopping" // its VM is being ended; in memory only
 	stopped  stage = "stopped"
 )
 
-// containerRecord is what survives of a container: written before the guest is asked to make it,
-// and at each change of its state.
+// containerRecord is what survives of a container: written when the guest has made it, and at each
+// change of its state. What the guest has and no record names was only half-made.
 type containerRecord struct {
 	ID, Pod                    string
 	Config                     ContainerConfig

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/state"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
@@ -42,19 +43,24 @@ func (m *Manager) Recover(ctx context.Context) error {
 			return nil
 		})
 	}
-	group.Wait()
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("recover: %w", err)
+	}
 	return m.sweep(ctx)
 }
 
 // recoverPod brings back one pod. A pod that can't be is shown as not ready, with the reason.
 func (m *Manager) recoverPod(ctx context.Context, id string) {
-	if len(id) != 64 {
+	if len(id) != 64 || !isHex(id) {
 		slog.Warn("not a pod's folder, left alone", "path", m.layout.pod(id))
 		return
 	}
 	var r podRecord
 	err := state.Read(m.layout.record(id), &r)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && r.Stage == starting {
+	if errors.Is(err, fs.ErrNotExist) || err == nil && r.Stage == starting && r.ID == id {
 		m.undoPod(ctx, id, r)
 		return
 	}
@@ -62,19 +68,16 @@ func (m *Manager) recoverPod(ctx context.Context, id string) {
 		err = fmt.Errorf("record of %s in the folder of %s", r.ID, id)
 	}
 	if err != nil {
-		slog.Error("unreadable record is kept", "pod", id, "err", err)
-		r = podRecord{ID: id, Config: PodConfig{Name: "unreadable", Namespace: "unreadable", UID: id}, Stage: stopped, Reason: "Unreadable", Message: err.Error(), VM: m.vmConfig(id), Driver: m.o.Driver.Name()}
+		m.unreadable(id, err)
+		return
 	}
 	p := m.podOf(r)
-	if p.record.Disks == nil {
-		p.record.Disks = map[string]string{}
-	}
-	m.register(p)
 	if err := m.recoverContainers(p); err != nil {
 		slog.Error("records of containers", "pod", id, "err", err)
 	}
-	if p.record.Stage != ready {
-		p.endContainers("Unknown", "the container ended while no daemon ran")
+	m.register(p)
+	if r.Stage != ready {
+		p.endContainers(r.Reason, r.Message)
 		return
 	}
 	if err := p.reattach(ctx); err != nil {
@@ -82,27 +85,32 @@ func (m *Manager) recoverPod(ctx context.Context, id string) {
 	}
 }
 
+// unreadable shows a pod whose record can't be understood. Nothing of it is touched before the
+// kubelet, or somebody else, asks for its removal.
+func (m *Manager) unreadable(id string, err error) {
+	slog.Error("unreadable record is kept", "pod", id, "err", err)
+	r := podRecord{
+		ID: id, Config: PodConfig{Name: "unreadable", Namespace: "unreadable", UID: id},
+		Stage: stopped, Reason: "Unreadable", Message: err.Error(), Driver: m.o.Driver.Name(), VM: m.vmConfig(id),
+	}
+	if info, err := os.Stat(m.layout.pod(id)); err == nil {
+		r.Created = info.ModTime()
+	}
+	p := m.podOf(r)
+	p.record.keep()
+	m.register(p)
+}
+
 // undoPod takes back a pod that a daemon died over.
 func (m *Manager) undoPod(ctx context.Context, id string, r podRecord) {
-	r.ID = id
-	if r.Driver == "" {
-		r.Driver, r.VM = m.o.Driver.Name(), m.vmConfig(id)
+	if r.ID == "" {
+		r = podRecord{ID: id, Driver: m.o.Driver.Name(), VM: m.vmConfig(id)}
 	}
 	if err := m.podOf(r).erase(ctx); err != nil {
-		slog.Error("take back a half-made pod", "pod", id, "err", err)
+		slog.Error("take back a half-made pod: the next start tries again", "pod", id, "err", err)
 		return
 	}
 	slog.Info("half-made pod taken back", "pod", id)
-}
-
-// register makes a pod that was read visible, under its name.
-func (m *Manager) register(p *Pod) {
-	m.add(p)
-	s := &start{done: make(chan struct{}), pod: p}
-	close(s.done)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.names[nameOf(p.record.Config)] = s
 }
 
 func (m *Manager) recoverContainers(p *Pod) error {
@@ -121,42 +129,94 @@ func (m *Manager) recoverContainers(p *Pod) error {
 			errs = append(errs, fmt.Errorf("%s is the record of another container", path))
 			continue
 		}
-		m.addContainer(p.containerOf(r))
+		p.add(p.containerOf(r))
 	}
 	return errors.Join(errs...)
 }
 
-// reattach finds the pod's VM and goes on with its containers.
+// reattach finds the pod's VM and goes on with its containers. It returns when the agent has told
+// what happened meanwhile, and that was recorded.
 func (p *Pod) reattach(ctx context.Context) error {
-	driver := p.m.o.Drivers[p.record.Driver]
+	r := p.record.now()
+	driver := p.m.o.Drivers[r.Driver]
 	if driver == nil {
-		return fmt.Errorf("its driver %s is not available: %w", p.record.Driver, vmm.ErrGone)
+		return fmt.Errorf("its driver %s is not available", r.Driver)
 	}
-	v, err := driver.Attach(ctx, p.record.VM)
+	v, err := driver.Attach(ctx, r.VM)
 	if err != nil {
 		return err
 	}
 	p.setMachine(v)
-	listed := make(chan error, 1)
-	watch, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		synced := false
-		err := p.watchOnce(watch, func() { synced = true; cancel() })
-		if synced {
-			err = nil
+	for _, c := range p.Containers() {
+		c.followOutput() // also of those that have ended: what they said last may be missing
+	}
+	listed := make(chan []string, 1)
+	p.follow(func(unknown []string) {
+		select {
+		case listed <- unknown:
+		default:
 		}
-		listed <- err
-	}()
-	for _, c := range p.Containers() {
-		p.resume(c)
+	})
+	select {
+	case unknown := <-listed:
+		p.removeUnknown(ctx, unknown)
+	case <-v.Done():
+		return nil // machineEnded tells it
+	case <-ctx.Done():
+		return fmt.Errorf("its agent does not answer: %w", ctx.Err())
 	}
-	if err := <-listed; err != nil {
-		return fmt.Errorf("its agent does not answer: %w", err)
+	p.awaitExits(ctx)
+	p.resumeVolumes(ctx)
+	slog.Info("pod found again", "pod", p.id)
+	return nil
+}
+
+// removeUnknown removes containers that the guest has and no record names: they were half-made. One
+// whose record can't be read goes on.
+func (p *Pod) removeUnknown(ctx context.Context, ids []string) {
+	for _, id := range ids {
+		if len(id) != 64 || !isHex(id) {
+			continue
+		}
+		if _, err := os.Lstat(p.m.layout.container(p.id, id)); !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		rpc, err := p.rpc(ctx)
+		if err == nil {
+			_, err = rpc.Remove(ctx, &agent.RemoveRequest{Id: id})
+		}
+		if err != nil {
+			slog.Error("remove a half-made container", "pod", p.id, "container", id, "err", err)
+			continue
+		}
+		slog.Info("half-made container removed", "pod", p.id, "container", id)
 	}
-	p.follow()
+}
+
+// awaitExits waits until the exits that the agent reported are recorded, so that the first answer of
+// the daemon is true.
+func (p *Pod) awaitExits(ctx context.Context) {
 	for _, c := range p.Containers() {
-		for _, path := range c.record.Volumes {
+		if !c.exiting.Load() {
+			continue
+		}
+		select {
+		case <-c.exited:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// resumeVolumes goes on serving directories, and keeping copies in step.
+func (p *Pod) resumeVolumes(ctx context.Context) {
+	for _, d := range p.record.now().Shares {
+		if err := p.serve(ctx, d); err != nil {
+			slog.Error("serve a directory again", "pod", p.id, "path", d.Path, "err", err)
+		}
+	}
+	for _, c := range p.Containers() {
+		for _, path := range c.record.now().Volumes {
 			if err := p.m.syncer.keep(p, path); err != nil {
 				slog.Warn("keep a volume in step", "pod", p.id, "err", err)
 				continue
@@ -164,61 +224,46 @@ func (p *Pod) reattach(ctx context.Context) error {
 			p.m.syncer.changed(path) // it may have changed meanwhile
 		}
 	}
-	slog.Info("pod found again", "pod", p.id)
-	return nil
-}
-
-// resume goes on with a container's log. One that was only half-made is removed.
-func (p *Pod) resume(c *Container) {
-	switch c.Status().State {
-	case Exited:
-		return
-	case Unknown:
-		p.m.forgetContainer(c)
-		if err := c.removeFiles(); err != nil {
-			slog.Error("remove a half-made container", "container", c.id, "err", err)
-		}
-		return
-	}
-	if err := c.openLog(); err != nil {
-		slog.Error("container log", "container", c.id, "err", err)
-	}
 }
 
 // lost records that a pod's VM is gone, or can't be reached.
 func (p *Pod) lost(err error) {
-	slog.Error("pod was not found again", "pod", p.id, "err", err)
-	p.mu.Lock()
-	p.record.Stage, p.record.Reason, p.record.Message = stopped, "VMGone", printable(err.Error())
-	saved := p.saveLocked()
-	p.mu.Unlock()
-	if saved != nil {
-		slog.Error("record the end of a pod", "pod", p.id, "err", saved)
+	reason := "Unreachable"
+	if errors.Is(err, vmm.ErrGone) {
+		reason = "VMGone"
 	}
-	p.endContainers("VMGone", printable(err.Error()))
+	message := printable(err.Error())
+	p.fall(reason, message)
+	p.letGo()
+	p.endContainers(reason, message)
 }
 
 // sweep removes what belongs to no pod.
 func (m *Manager) sweep(ctx context.Context) error {
-	var ids []string
+	entries, err := os.ReadDir(m.layout.pods())
+	if err != nil {
+		return fmt.Errorf("recover: %w", err)
+	}
+	var ids []string // also of those that could not be taken back yet
 	short := map[string]bool{}
-	for _, p := range m.Pods() {
-		ids = append(ids, p.id)
-		short[p.id[:shortID]] = true
+	for _, e := range entries {
+		if id := e.Name(); len(id) == 64 {
+			ids = append(ids, id)
+			short[id[:shortID]] = true
+		}
 	}
 	if err := m.o.Network.GC(ctx, ids); err != nil {
 		slog.Warn("network: collect garbage", "err", err)
 	}
-	entries, err := os.ReadDir(m.layout.state)
+	entries, err = os.ReadDir(m.layout.state)
 	if err != nil {
 		return fmt.Errorf("recover: %w", err)
 	}
 	var group sync.WaitGroup
 	for _, e := range entries {
-		if !e.IsDir() || len(e.Name()) != shortID || short[e.Name()] {
-			continue
+		if name := e.Name(); e.IsDir() && len(name) == shortID && isHex(name) && !short[name] {
+			group.Go(func() { m.sweepRun(ctx, filepath.Join(m.layout.state, name)) })
 		}
-		group.Go(func() { m.sweepRun(ctx, filepath.Join(m.layout.state, e.Name())) })
 	}
 	group.Wait()
 	return nil

@@ -22,8 +22,8 @@ type scratch struct {
 	template string
 	size     int64
 
-	once sync.Once
-	err  error
+	mu        sync.Mutex // held while the template is made: pods wait for it
+	formatted bool
 }
 
 // formatLimit bounds mkfs.
@@ -38,14 +38,26 @@ func newScratch(root string, size int64) (*scratch, error) {
 
 // create makes a disk at path. A full disk is errdefs.ErrResourceExhausted.
 func (s *scratch) create(path string) error {
-	s.once.Do(func() { s.err = s.format() })
-	if s.err != nil {
-		return s.err
+	if err := s.prepare(); err != nil {
+		return err
 	}
 	if err := copySparse(s.template, path); err != nil {
-		os.Remove(path)
-		return fmt.Errorf("scratch disk: %w", noSpace(err, path))
+		return errors.Join(noSpace(err, path), remove(path))
 	}
+	return nil
+}
+
+// prepare makes the template, if that was not done or failed before.
+func (s *scratch) prepare() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.formatted {
+		return nil
+	}
+	if err := s.format(); err != nil {
+		return errors.Join(err, remove(s.template+".new"))
+	}
+	s.formatted = true
 	return nil
 }
 
@@ -55,21 +67,21 @@ func (s *scratch) create(path string) error {
 func (s *scratch) format() error {
 	f, err := os.Create(s.template + ".new")
 	if err != nil {
-		return fmt.Errorf("scratch disk: %w", noSpace(err, s.template))
+		return fmt.Errorf("template: %w", noSpace(err, s.template))
 	}
 	defer f.Close()
 	if err := f.Truncate(s.size); err != nil {
-		return fmt.Errorf("scratch disk: %w", noSpace(err, s.template))
+		return fmt.Errorf("template: %w", noSpace(err, s.template))
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), formatLimit)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal,quota,project",
 		"-E", "lazy_itable_init=1,discard,quotatype=prjquota,root_owner=0:0", f.Name()).CombinedOutput()
 	if errors.Is(err, exec.ErrNotFound) {
-		return fmt.Errorf("scratch disk: no mkfs.ext4; install e2fsprogs: %w", errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("no mkfs.ext4; install e2fsprogs: %w", errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
-		return fmt.Errorf("scratch disk: mkfs.ext4: %w: %s", err, out)
+		return fmt.Errorf("mkfs.ext4: %w: %s", err, out)
 	}
 	return os.Rename(f.Name(), s.template)
 }

@@ -3,7 +3,6 @@ package podvm
 import (
 	"context"
 	"fmt"
-	"runtime"
 
 	"github.com/containerd/errdefs"
 
@@ -13,49 +12,44 @@ import (
 // guestMemory is what the guest's kernel, agent and crun need beside the pod's containers, in bytes.
 const guestMemory = 64 << 20
 
-// fit gives the VM the size that the pod's containers may use.
-func (p *Pod) fit(ctx context.Context) error {
-	return p.resizeFor(ctx, p.Containers(), Resources{}, false)
-}
-
-// grow makes room for a container that is about to be created.
-func (p *Pod) grow(ctx context.Context, r Resources) error {
-	return p.resizeFor(ctx, p.Containers(), r, true)
-}
-
-// growWithout makes room for a container's new resources in the place of its old.
-func (p *Pod) growWithout(ctx context.Context, id string, r Resources) error {
-	var others []*Container
+// limits are the resources of the pod's containers that have not ended, but for one.
+func (p *Pod) limits(except string) []Resources {
+	var all []Resources
 	for _, c := range p.Containers() {
-		if c.id != id {
-			others = append(others, c)
+		if r := c.record.now(); r.ID != except && r.State != Exited {
+			all = append(all, r.Config.Resources)
 		}
 	}
-	return p.resizeFor(ctx, others, r, true)
+	return all
 }
 
-// resizeFor resizes the VM for these containers, and one more. What the VM can't reach upwards is
-// an error; a guest that can't give back is not.
-func (p *Pod) resizeFor(ctx context.Context, containers []*Container, more Resources, isMore bool) error {
+// fit gives the VM the size that these containers may use. What it can't reach upwards is an error;
+// a guest that can't give back is not.
+func (p *Pod) fit(ctx context.Context, config PodConfig, containers []Resources) error {
+	return p.resize(ctx, p.sizeFor(config, containers))
+}
+
+// grow makes room for one more container. It takes nothing away: an init container's memory is soon
+// wanted again, and plugging it takes time.
+func (p *Pod) grow(ctx context.Context, more Resources) error {
+	return p.growTo(ctx, p.sizeFor(p.record.now().Config, append(p.limits(""), more)))
+}
+
+func (p *Pod) growTo(ctx context.Context, want vmm.Size) error {
 	v := p.machine()
 	if v == nil {
 		return p.notReady()
 	}
-	p.mu.Lock()
-	config := p.record.Config
-	p.mu.Unlock()
-	all := []Resources{}
-	for _, c := range containers {
-		if s := c.Status(); s.State != Exited {
-			all = append(all, s.Config.Resources)
-		}
-	}
-	if isMore {
-		all = append(all, more)
-	}
-	want := p.m.sizeFor(config, all)
 	now := v.Info().Size
-	if want == now {
+	return p.resize(ctx, vmm.Size{CPUs: max(want.CPUs, now.CPUs), Memory: max(want.Memory, now.Memory)})
+}
+
+func (p *Pod) resize(ctx context.Context, want vmm.Size) error {
+	v := p.machine()
+	if v == nil {
+		return p.notReady()
+	}
+	if want == v.Info().Size {
 		return nil
 	}
 	reached, err := v.Resize(ctx, want)
@@ -69,61 +63,49 @@ func (p *Pod) resizeFor(ctx context.Context, containers []*Container, more Resou
 	return nil
 }
 
-// sizeFor is the size of a VM for what the pod as a whole may use, where that is known, or else for
-// the sum of its containers. Where a limit is missing the configured size stands in for it.
-func (m *Manager) sizeFor(pod PodConfig, containers []Resources) vmm.Size {
-	var total Resources
-	if pod.Resources != nil && (pod.Resources.Memory > 0 || pod.Resources.CPUQuota > 0) {
-		total = *pod.Resources
+// sizeFor is the size of the VM for what the pod as a whole may use, where that is known, or else
+// for the sum of its containers: never less than it was started with, which is also what a pod
+// without limits gets, and never more than it can be.
+func (p *Pod) sizeFor(pod PodConfig, containers []Resources) vmm.Size {
+	least, most := p.m.o.Size, p.record.now().VM.Max
+	var memory int64
+	var cpus float64
+	if r := pod.Resources; r != nil && (r.Memory > 0 || r.CPUQuota > 0) {
+		memory, cpus = r.Memory, r.cpus()
 	} else {
-		total = sum(containers)
+		for _, r := range containers {
+			memory += max(r.Memory, 0)
+			cpus += r.cpus()
+		}
 	}
-	size := m.o.Size
-	if n := cpus(total); n > 0 {
-		size.CPUs = n
-	}
-	if total.Memory > 0 {
-		size.Memory = max(size.Memory, total.Memory+guestMemory)
+	if memory > 0 {
+		own := int64(guestMemory)
 		if pod.Overhead != nil {
-			size.Memory = max(size.Memory, total.Memory+pod.Overhead.Memory)
+			own = max(own, pod.Overhead.Memory)
 		}
+		memory += own
 	}
-	size.CPUs = min(max(size.CPUs, m.o.Size.CPUs), m.o.Max.CPUs)
-	size.Memory = min(size.Memory, m.o.Max.Memory)
-	return size
+	whole := int(cpus)
+	if float64(whole) < cpus {
+		whole++
+	}
+	return vmm.Size{
+		CPUs:   min(max(whole, least.CPUs), most.CPUs),
+		Memory: min(max(memory, least.Memory), most.Memory),
+	}
 }
 
-// sum adds limits up; one that is missing makes the sum unlimited (zero).
-func sum(all []Resources) Resources {
-	var total Resources
-	memory, cpu := len(all) > 0, len(all) > 0
-	const period = 100_000
-	for _, r := range all {
-		memory = memory && r.Memory > 0
-		cpu = cpu && r.CPUQuota > 0
-		total.Memory += max(r.Memory, 0)
-		if r.CPUQuota > 0 {
-			total.CPUQuota += r.CPUQuota * period / max(r.CPUPeriod, 1)
-		}
-	}
-	total.CPUPeriod = period
-	if !memory {
-		total.Memory = 0
-	}
-	if !cpu {
-		total.CPUQuota = 0
-	}
-	return total
-}
+// defaultPeriod is that of a CPU quota without one, in microseconds.
+const defaultPeriod = 100_000
 
-// cpus is how many vCPUs a quota is, rounded up; 0 where there is none.
-func cpus(r Resources) int {
+// cpus is how many CPUs the quota is; 0 where there is none.
+func (r Resources) cpus() float64 {
 	if r.CPUQuota <= 0 {
 		return 0
 	}
 	period := r.CPUPeriod
 	if period <= 0 {
-		period = 100_000
+		period = defaultPeriod
 	}
-	return min(int((r.CPUQuota+period-1)/period), runtime.NumCPU())
+	return float64(r.CPUQuota) / float64(period)
 }

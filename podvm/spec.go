@@ -28,10 +28,9 @@ func ociSpec(pod PodConfig, c ContainerConfig, image ocispec.ImageConfig) (*spec
 			Terminal: c.TTY, Args: args, Env: environment(pod, c, image), Cwd: workingDir(c, image),
 			NoNewPrivileges: c.Security.NoNewPrivs,
 		},
-		Root:        &specs.Root{Readonly: c.Security.ReadOnlyRootfs},
-		Hostname:    pod.Hostname,
-		Mounts:      defaultMounts(c.Security.Privileged),
-		Annotations: c.Annotations,
+		Root:     &specs.Root{Readonly: c.Security.ReadOnlyRootfs},
+		Hostname: pod.Hostname,
+		Mounts:   defaultMounts(c.Security.Privileged),
 		Linux: &specs.Linux{
 			Namespaces: []specs.LinuxNamespace{{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}},
 		},
@@ -39,14 +38,13 @@ func ociSpec(pod PodConfig, c ContainerConfig, image ocispec.ImageConfig) (*spec
 	if c.Security.Privileged { // the guest's whole tree of cgroups, as on a node
 		s.Linux.Namespaces = s.Linux.Namespaces[:2]
 	}
-	s.Linux.Resources, err = resources(c.Resources)
+	s.Linux.Resources, err = resources(c.Resources.inGuest())
 	if err != nil {
 		return nil, err
 	}
 	s.Linux.Resources.Devices = deviceRules(c.Security.Privileged)
-	if adjust := int(c.Resources.OOMScoreAdj); adjust != 0 {
-		s.Process.OOMScoreAdj = &adjust
-	}
+	adjust := int(c.Resources.OOMScoreAdj) // also 0: the agent's own is not for containers
+	s.Process.OOMScoreAdj = &adjust
 	if err := secure(s, c.Security); err != nil {
 		return nil, err
 	}
@@ -184,9 +182,24 @@ func resources(r Resources) (*specs.LinuxResources, error) {
 	return l, nil
 }
 
+// inGuest is what of the limits has a meaning in the guest. CPUs are numbered on the node as they are
+// not in the guest, and its vCPUs are as many as the pod may use. Limits on huge pages of 0, which the
+// kubelet sets for every size that the node has, hold in a guest without huge pages.
+func (r Resources) inGuest() Resources {
+	r.CPUSetCPUs, r.CPUSetMems = "", ""
+	huge := map[string]uint64{}
+	for size, limit := range r.HugepageLimits {
+		if limit > 0 {
+			huge[size] = limit
+		}
+	}
+	r.HugepageLimits = huge
+	return r
+}
+
 // linuxResources is what the agent's Update takes.
 func linuxResources(r Resources) ([]byte, error) {
-	l, err := resources(r)
+	l, err := resources(r.inGuest())
 	if err != nil {
 		return nil, err
 	}

@@ -10,13 +10,13 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/caisson-vm/caisson/internal/undo"
 	"github.com/caisson-vm/caisson/network"
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/vmm"
@@ -25,99 +25,113 @@ import (
 // scratchSerial names the scratch disk in every VM.
 const scratchSerial = "scratch"
 
-// stopwatch notes the phases of a pod's start.
-type stopwatch struct {
+// birth is the start of a pod.
+type birth struct {
+	*Pod
 	began time.Time
+	// launched is closed when the VM takes devices; its guest may still be booting.
+	launched chan struct{}
+
+	// Each of these is set by one step and read by those that come after it.
+	config  vmm.Config
+	network *network.Attachment
+	kernel  string
 
 	mu     sync.Mutex
 	phases []Phase
 }
 
-// time runs a phase. Phases may run at the same time.
-func (s *stopwatch) time(name string, do func() error) error {
-	start := time.Since(s.began)
+// time runs a phase of the start and names it in its error. Phases may run at the same time.
+func (b *birth) time(name string, do func() error) error {
+	start := time.Since(b.began)
 	err := do()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.phases = append(s.phases, Phase{name, start, time.Since(s.began) - start})
-	return err
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.phases = append(b.phases, Phase{name, start, time.Since(b.began) - start})
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
 }
 
-// startPod makes a pod: network and VM at the same time, then what needs both.
-func (m *Manager) startPod(ctx context.Context, c PodConfig) (*Pod, error) {
-	watch := &stopwatch{began: time.Now()}
-	p := m.newPod(newID(), c)
-	var u undo.Stack
-	defer u.Run()
-	u.Push("remove pod", p.erase)
-	if err := watch.time("record", func() error { return p.prepare() }); err != nil {
-		return nil, p.failed(err)
+// startPod makes a pod: network and VM at the same time, then what needs both. What fails is undone.
+func (m *Manager) startPod(ctx context.Context, p *Pod) error {
+	b := &birth{Pod: p, began: time.Now(), launched: make(chan struct{}), config: p.record.now().VM}
+	c := p.record.now().Config
+	if err := b.run(ctx); err != nil {
+		p.abandon(err)
+		return fmt.Errorf("start pod %s/%s: %w", c.Namespace, c.Name, err)
+	}
+	if m.o.Observer != nil {
+		m.o.Observer.ObserveStart(p.record.now().Phases)
+	}
+	slog.Info("pod ready", "pod", p.id, "name", c.Namespace+"/"+c.Name, "ms", time.Since(b.began).Milliseconds())
+	return nil
+}
+
+func (b *birth) run(ctx context.Context) error {
+	if err := b.time("record", b.prepare); err != nil {
+		return err
 	}
 	group, both := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		return watch.time("network", func() error { return p.connect(both) })
-	})
-	group.Go(func() error { return p.boot(both, watch) })
+	group.Go(func() error { return b.connect(both) })
+	group.Go(func() error { return b.boot(both) })
 	if err := group.Wait(); err != nil {
-		return nil, p.failed(err)
+		return err
 	}
-	if err := p.join(ctx, watch); err != nil {
-		return nil, p.failed(err)
+	if err := b.time("addresses", func() error { return b.address(ctx) }); err != nil {
+		return err
 	}
-	watch.phases = append(watch.phases, Phase{"total", 0, time.Since(watch.began)})
-	if err := p.becomeReady(watch.phases); err != nil {
-		return nil, p.failed(err)
-	}
-	u.Release()
-	if m.o.Observer != nil {
-		m.o.Observer.ObserveStart(watch.phases)
-	}
-	slog.Info("pod ready", "pod", p.id, "name", c.Namespace+"/"+c.Name, "ms", time.Since(watch.began).Milliseconds())
-	return p, nil
+	return b.becomeReady()
 }
 
-func (p *Pod) failed(err error) error {
-	c := p.record.Config
-	return fmt.Errorf("start pod %s/%s: %w", c.Namespace, c.Name, err)
-}
-
-// prepare makes the pod's folders and records what is about to happen.
-func (p *Pod) prepare() error {
-	l := p.m.layout
-	for _, dir := range []string{l.pod(p.id), l.containers(p.id), l.run(p.id)} {
+// prepare records what is about to happen, and makes the pod's folders and cgroup.
+func (b *birth) prepare() error {
+	l, c := b.m.layout, b.record.now().Config
+	for _, dir := range []string{l.pod(b.id), l.containers(b.id)} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return fmt.Errorf("pod folder: %w", noSpace(err, dir))
 		}
 	}
-	if dir := p.record.Config.LogDir; dir != "" {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return fmt.Errorf("log folder: %w", noSpace(err, dir))
-		}
-	}
-	cgroup, err := hostCgroup(p.record.Config.CgroupParent, p.id)
+	cgroup, err := b.m.cgroups.path(c.CgroupParent, b.id)
 	if err != nil {
 		return err
 	}
-	p.record.VM.Cgroup = cgroup
-	return p.save()
-}
-
-// connect gives the pod its network.
-func (p *Pod) connect(ctx context.Context) error {
-	a, err := p.m.o.Network.Setup(ctx, p.network())
-	if err != nil {
-		return fmt.Errorf("network: %w", err)
+	if err := b.record.set(func(r *podRecord) { r.VM.Cgroup = cgroup }); err != nil {
+		return err
 	}
-	p.mu.Lock()
-	p.record.Network = a
-	p.mu.Unlock()
-	return nil
+	b.config.Cgroup = cgroup
+	if err := os.Mkdir(l.run(b.id), 0o700); err != nil {
+		return fmt.Errorf("pod folder: %w", noSpace(err, l.run(b.id)))
+	}
+	if c.LogDir != "" {
+		if err := os.MkdirAll(c.LogDir, 0o755); err != nil {
+			return fmt.Errorf("log folder: %w", noSpace(err, c.LogDir))
+		}
+	}
+	return makeCgroup(cgroup)
 }
 
-func (p *Pod) network() network.Pod {
-	c := p.record.Config
+// connect gives the pod its network, and the VM the cards for it.
+func (b *birth) connect(ctx context.Context) error {
+	err := b.time("network", func() (err error) {
+		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	select {
+	case <-b.launched:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return b.time("nics", func() error { return b.addNICs(ctx) })
+}
+
+func networkPod(id string, c PodConfig) network.Pod {
 	n := network.Pod{
-		ID: p.id, Name: c.Name, Namespace: c.Namespace, UID: c.UID, Annotations: c.Annotations, DNS: network.DNS(c.DNS),
+		ID: id, Name: c.Name, Namespace: c.Namespace, UID: c.UID, Annotations: c.Annotations, DNS: network.DNS(c.DNS),
 	}
 	for _, m := range c.PortMappings {
 		n.PortMappings = append(n.PortMappings, network.PortMapping(m))
@@ -125,119 +139,17 @@ func (p *Pod) network() network.Pod {
 	return n
 }
 
-// boot starts the VM, gives it its scratch disk and its identity.
-func (p *Pod) boot(ctx context.Context, watch *stopwatch) error {
-	scratch := make(chan error, 1)
-	go func() {
-		scratch <- watch.time("scratch", func() error { return p.m.scratch.create(p.m.layout.scratch(p.id)) })
-	}()
-	err := watch.time("vm", func() error { return p.launch(ctx) })
-	if err := errors.Join(err, <-scratch); err != nil {
-		return err
-	}
-	v := p.machine()
-	var address string
-	if err := watch.time("disk", func() (err error) {
-		address, err = v.AddDisk(ctx, vmm.Disk{Serial: scratchSerial, Path: p.m.layout.scratch(p.id)})
-		return err
-	}); err != nil {
-		return err
-	}
-	return watch.time("agent", func() error { return p.identify(ctx, address) })
-}
-
-// launch starts the VM as a clone, or cold where there is no template.
-func (p *Pod) launch(ctx context.Context) error {
-	v, err := p.m.launch(ctx, p.record.VM, p.record.Config.Namespace)
-	if err != nil {
-		return err
-	}
-	p.setMachine(v)
-	return nil
-}
-
-// launch clones a template if it can. What went wrong with that is logged and counted, because cold
-// starts are slow.
-func (m *Manager) launch(ctx context.Context, c vmm.Config, namespace string) (vmm.VM, error) {
-	if m.o.Templates == nil {
-		return m.o.Driver.Launch(ctx, c)
-	}
-	scope := ""
-	if m.o.Scope == "namespace" {
-		scope = namespace
-	}
-	dir, err := m.o.Templates.Template(ctx, scope)
-	if err == nil {
-		clone := c
-		clone.Template = dir
-		var v vmm.VM
-		if v, err = m.o.Driver.Launch(ctx, clone); err == nil {
-			return v, nil
-		}
-		m.o.Templates.Failed(dir)
-	}
-	if ctx.Err() != nil {
-		return nil, err
-	}
-	slog.Warn("pod is booted cold: no clone of a template", "pod", c.ID, "err", err)
-	if m.o.Observer != nil {
-		m.o.Observer.ObserveFallback()
-	}
-	return m.o.Driver.Launch(ctx, c)
-}
-
-// identify makes the guest this pod's: until then it is like every other.
-func (p *Pod) identify(ctx context.Context, scratch string) error {
-	rpc, err := p.client.RPC(ctx)
-	if err != nil {
-		return err
-	}
-	c := p.record.Config
-	entropy := make([]byte, 64)
-	rand.Read(entropy)
-	machine := sha256.Sum256([]byte("machine " + p.id))
-	dns, err := c.DNS.orNode()
-	if err != nil {
-		return err
-	}
-	hostname := c.Hostname
-	if hostname == "" {
-		hostname = p.id[:12]
-	}
-	r, err := rpc.Setup(ctx, &agent.SetupRequest{
-		PodId: p.id, Hostname: hostname, ClockNs: time.Now().UnixNano(), Entropy: entropy,
-		MachineId: hex.EncodeToString(machine[:16]), Dns: &agent.DNS{Servers: dns.Servers, Searches: dns.Searches, Options: dns.Options},
-		Sysctls: c.Sysctls, ShmSize: c.ShmSize, ScratchAddr: scratch,
-	})
-	if err != nil {
-		return fmt.Errorf("set up the guest: %w", err)
-	}
-	p.record.Kernel = printable(r.Kernel)
-	return nil
-}
-
-// join brings the VM and its network together and gives it its size.
-func (p *Pod) join(ctx context.Context, watch *stopwatch) error {
-	if err := watch.time("nics", func() error { return p.addNICs(ctx) }); err != nil {
-		return err
-	}
-	if err := watch.time("addresses", func() error { return p.address(ctx) }); err != nil {
-		return err
-	}
-	return watch.time("size", func() error { return p.fit(ctx) })
-}
-
-func (p *Pod) addNICs(ctx context.Context) error {
-	for i, nic := range p.record.Network.Interfaces {
+func (b *birth) addNICs(ctx context.Context) error {
+	for i, nic := range b.network.Interfaces {
 		mac, err := net.ParseMAC(nic.MAC)
 		if err != nil {
-			return fmt.Errorf("network interface %s: %w", nic.Name, err)
+			return fmt.Errorf("%s: %w", nic.Name, err)
 		}
-		tap, err := p.m.o.Network.OpenTap(p.record.Network, i)
+		tap, err := b.m.o.Network.OpenTap(b.network, i)
 		if err != nil {
 			return err
 		}
-		err = p.machine().AddNIC(ctx, vmm.NIC{MAC: mac, Tap: tap, MTU: nic.MTU})
+		err = b.machine().AddNIC(ctx, vmm.NIC{MAC: mac, Tap: tap, MTU: nic.MTU})
 		tap.Close()
 		if err != nil {
 			return err
@@ -246,10 +158,114 @@ func (p *Pod) addNICs(ctx context.Context) error {
 	return nil
 }
 
+// boot starts the VM, gives it its scratch disk, its identity and its size.
+func (b *birth) boot(ctx context.Context) error {
+	scratch := make(chan error, 1)
+	go func() {
+		scratch <- b.time("scratch", func() error { return b.m.scratch.create(b.m.layout.scratch(b.id)) })
+	}()
+	err := b.time("vm", func() error { return b.launch(ctx) })
+	if err := errors.Join(err, <-scratch); err != nil {
+		return err
+	}
+	close(b.launched)
+	var address string
+	if err := b.time("disk", func() (err error) {
+		address, err = b.machine().AddDisk(ctx, vmm.Disk{Serial: scratchSerial, Path: b.m.layout.scratch(b.id)})
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := b.time("agent", func() error { return b.identify(ctx, address) }); err != nil {
+		return err
+	}
+	return b.time("size", func() error { return b.fit(ctx, b.record.now().Config, nil) })
+}
+
+func (b *birth) launch(ctx context.Context) error {
+	r := b.record.now()
+	driver := b.m.o.Drivers[r.Driver]
+	if driver == nil {
+		return fmt.Errorf("driver %s: %w", r.Driver, errdefs.ErrNotFound)
+	}
+	v, used, err := b.m.launch(ctx, driver, b.config, r.Config.Namespace)
+	if err != nil {
+		return err
+	}
+	b.config = used
+	b.setMachine(v)
+	return nil
+}
+
+// launch starts a VM as a clone of a template, or cold where there is none, and returns with it the
+// configuration by which it is attached to. What went wrong with the clone is logged and counted,
+// because cold starts are slow.
+func (m *Manager) launch(ctx context.Context, driver vmm.Driver, c vmm.Config, namespace string) (vmm.VM, vmm.Config, error) {
+	if m.o.Templates != nil && driver == m.o.Driver {
+		scope := ""
+		if m.o.Scope == "namespace" {
+			scope = namespace
+		}
+		dir, err := m.o.Templates.Template(ctx, scope)
+		if err == nil {
+			clone := c
+			clone.Template = dir
+			var v vmm.VM
+			if v, err = driver.Launch(ctx, clone); err == nil {
+				return v, clone, nil
+			}
+			m.o.Templates.Failed(dir)
+		}
+		if ctx.Err() != nil {
+			return nil, c, err
+		}
+		slog.Warn("pod is booted cold: no clone of a template", "pod", c.ID, "err", err)
+		if m.o.Observer != nil {
+			m.o.Observer.ObserveFallback()
+		}
+	}
+	v, err := driver.Launch(ctx, c)
+	return v, c, err
+}
+
+// identify makes the guest this pod's: until then it is like every other.
+func (b *birth) identify(ctx context.Context, scratch string) error {
+	rpc, err := b.client.RPC(ctx)
+	if err != nil {
+		return err
+	}
+	c := b.record.now().Config
+	dns, err := c.DNS.orNode()
+	if err != nil {
+		return err
+	}
+	entropy := make([]byte, 64)
+	rand.Read(entropy)
+	machine := sha256.Sum256([]byte("machine " + b.id))
+	r, err := rpc.Setup(ctx, &agent.SetupRequest{
+		PodId: b.id, Hostname: hostname(b.id, c), ClockNs: time.Now().UnixNano(), Entropy: entropy,
+		MachineId: hex.EncodeToString(machine[:16]), Dns: &agent.DNS{Servers: dns.Servers, Searches: dns.Searches, Options: dns.Options},
+		Sysctls: c.Sysctls, ShmSize: c.ShmSize, ScratchAddr: scratch,
+	})
+	if err != nil {
+		return fmt.Errorf("set up the guest: %w", err)
+	}
+	b.kernel = printable(r.Kernel)
+	return nil
+}
+
+// hostname is the pod's, or one made of its id.
+func hostname(id string, c PodConfig) string {
+	if c.Hostname != "" {
+		return c.Hostname
+	}
+	return id[:12]
+}
+
 // address has the guest configure its network cards.
-func (p *Pod) address(ctx context.Context) error {
+func (b *birth) address(ctx context.Context) error {
 	request := &agent.NetworkRequest{}
-	for _, i := range p.record.Network.Interfaces {
+	for _, i := range b.network.Interfaces {
 		nic := &agent.Interface{Name: i.Name, Mac: i.MAC, Mtu: uint32(i.MTU), Addresses: i.Addresses}
 		for _, r := range i.Routes {
 			nic.Routes = append(nic.Routes, &agent.Route{
@@ -261,7 +277,7 @@ func (p *Pod) address(ctx context.Context) error {
 		}
 		request.Interfaces = append(request.Interfaces, nic)
 	}
-	rpc, err := p.client.RPC(ctx)
+	rpc, err := b.client.RPC(ctx)
 	if err != nil {
 		return err
 	}
@@ -272,36 +288,58 @@ func (p *Pod) address(ctx context.Context) error {
 }
 
 // becomeReady records the pod and makes it visible.
-func (p *Pod) becomeReady(phases []Phase) error {
-	p.mu.Lock()
-	p.record.Stage, p.record.Phases = ready, phases
-	err := p.saveLocked()
-	p.mu.Unlock()
+func (b *birth) becomeReady() error {
+	phases := append(slices.Clone(b.phases), Phase{"total", 0, time.Since(b.began)})
+	err := b.record.set(func(r *podRecord) {
+		r.Stage, r.VM, r.Network, r.Kernel, r.Phases = ready, b.config, b.network, b.kernel, phases
+	})
 	if err != nil {
 		return err
 	}
-	p.m.add(p)
-	p.follow()
-	p.m.events.send(Event{Kind: EventCreated, Pod: p.Status()})
-	p.m.events.send(Event{Kind: EventStarted, Pod: p.Status()})
+	b.follow(func([]string) {}) // it has no containers yet
+	b.m.add(b.Pod)
+	b.m.events.send(Event{Kind: EventCreated, Pod: b.Status()})
+	b.m.events.send(Event{Kind: EventStarted, Pod: b.Status()})
 	return nil
+}
+
+// eraseLimit bounds the undoing of a start.
+const eraseLimit = time.Minute
+
+// abandon takes back a start that failed. What can't be taken back now stays as a pod that is not
+// ready, for the kubelet to remove.
+func (p *Pod) abandon(cause error) {
+	ctx, cancel := context.WithTimeout(context.Background(), eraseLimit)
+	defer cancel()
+	err := p.erase(ctx)
+	if err == nil {
+		return
+	}
+	slog.Error("undo the start of a pod", "pod", p.id, "err", err)
+	if err := p.record.set(func(r *podRecord) {
+		r.Stage, r.Reason, r.Message = stopped, "StartFailed", printable(errors.Join(cause, err).Error())
+	}); err != nil {
+		slog.Error("record a pod that did not start", "pod", p.id, "err", err)
+	}
+	p.m.add(p)
 }
 
 // erase takes back all that belongs to the pod, from its id alone. It is idempotent.
 func (p *Pod) erase(ctx context.Context) error {
 	err := p.killMachine(ctx)
-	err = errors.Join(err, p.m.o.Network.Teardown(ctx, p.network()), removeCgroup(p.record.VM.Cgroup))
+	r := p.record.now()
+	err = errors.Join(err, p.m.o.Network.Teardown(ctx, networkPod(p.id, r.Config)), removeCgroup(r.VM.Cgroup))
 	if err != nil {
 		return err // the record stays, so that it can be tried again
 	}
-	return errors.Join(os.RemoveAll(p.m.layout.run(p.id)), os.RemoveAll(p.m.layout.pod(p.id)))
+	return errors.Join(os.RemoveAll(p.m.layout.run(p.id)), p.record.remove(), os.RemoveAll(p.m.layout.pod(p.id)))
 }
 
 // vmConfig is the VM of a pod before it is cloned.
 func (m *Manager) vmConfig(id string) vmm.Config {
 	g := m.o.Guest
 	return vmm.Config{
-		ID: id, Dir: filepath.Clean(m.layout.run(id)), Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline,
+		ID: id, Dir: m.layout.run(id), Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline,
 		Size: m.o.Size, Max: m.o.Max,
 	}
 }

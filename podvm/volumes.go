@@ -1,20 +1,15 @@
 package podvm
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
@@ -94,9 +89,14 @@ func readTree(root string) ([]*agent.File, error) {
 }
 
 // copyVolume copies a configMap, secret, projected or downwardAPI volume in, and keeps it in step.
-func (p *Pod) copyVolume(to *agent.Mount, path string, record *containerRecord) error {
+func (n *newContainer) copyVolume(to *agent.Mount, path string) error {
+	if err := n.m.syncer.keep(n.Pod, path); err != nil {
+		return err
+	}
+	version := dataVersion(path)
 	files, err := readTree(path)
 	if errors.Is(err, fs.ErrNotExist) { // the kubelet switched it while it was read
+		version = dataVersion(path)
 		files, err = readTree(path)
 	}
 	if err != nil {
@@ -104,106 +104,32 @@ func (p *Pod) copyVolume(to *agent.Mount, path string, record *containerRecord) 
 	}
 	set := &agent.Files{Name: setName(path), Files: files}
 	to.Source = &agent.Mount_Files{Files: set}
-	record.Volumes = append(record.Volumes, path)
-	return p.m.syncer.keep(p, path)
-}
-
-// syncer keeps copied volumes in step with the host's: the kubelet writes a new folder and then
-// switches the link ..data to it, which is one event.
-type syncer struct {
-	notify *fsnotify.Watcher
-
-	mu      sync.Mutex
-	volumes map[string]*Pod // by path; a volume belongs to one pod
-}
-
-func newSyncer() (*syncer, error) {
-	n, err := fsnotify.NewWatcher()
-	if err != nil {
-		return nil, fmt.Errorf("watch volumes: %w; raise fs.inotify.max_user_instances", err)
+	n.record.Volumes = append(n.record.Volumes, path)
+	if n.read == nil {
+		n.read = map[string]string{}
 	}
-	s := &syncer{notify: n, volumes: map[string]*Pod{}}
-	go s.run()
-	return s, nil
-}
-
-func (s *syncer) close() error { return s.notify.Close() }
-
-// keep begins to keep a volume in step. It is idempotent.
-func (s *syncer) keep(p *Pod, path string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.volumes[path] != nil {
-		return nil
-	}
-	if err := s.notify.Add(path); err != nil {
-		return fmt.Errorf("watch %s: %w; raise fs.inotify.max_user_watches", path, err)
-	}
-	s.volumes[path] = p
+	n.read[path] = version
 	return nil
 }
 
-// forget ends it for all volumes of a pod.
-func (s *syncer) forget(pod string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for path, p := range s.volumes {
-		if p.id == pod {
-			delete(s.volumes, path)
-			s.notify.Remove(path) // an error says that the folder is gone, and its watch with it
+// catchUp copies what was changed since the container's copies were read: before the guest had them
+// no change could be passed on.
+func (n *newContainer) catchUp() {
+	for path, version := range n.read {
+		if dataVersion(path) != version {
+			n.m.syncer.changed(path)
 		}
 	}
 }
 
+// dataLink leads to what a volume holds now. The kubelet writes a new folder and then switches it.
 const dataLink = "..data"
 
-func (s *syncer) run() {
-	for {
-		select {
-		case e, ok := <-s.notify.Events:
-			if !ok {
-				return
-			}
-			if filepath.Base(e.Name) == dataLink && e.Has(fsnotify.Create) {
-				s.changed(filepath.Dir(e.Name))
-			}
-		case err, ok := <-s.notify.Errors:
-			if !ok {
-				return
-			}
-			slog.Warn("watch volumes", "err", err)
-		}
-	}
-}
-
-// syncLimit bounds one copy into a guest.
-const syncLimit = 30 * time.Second
-
-func (s *syncer) changed(path string) {
-	s.mu.Lock()
-	p := s.volumes[path]
-	s.mu.Unlock()
-	if p == nil {
-		return
-	}
-	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), syncLimit)
-		defer cancel()
-		if err := p.syncVolume(ctx, path); err != nil {
-			slog.Error("keep a volume in step", "pod", p.id, "path", path, "err", err)
-		}
-	}()
-}
-
-func (p *Pod) syncVolume(ctx context.Context, path string) error {
-	files, err := readTree(path)
+// dataVersion tells apart what a volume held at one time and at another.
+func dataVersion(path string) string {
+	target, err := os.Readlink(filepath.Join(path, dataLink))
 	if err != nil {
-		return err
+		return "" // a volume without versions
 	}
-	rpc, err := p.rpc(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = rpc.Files(ctx, &agent.FilesRequest{Files: &agent.Files{Name: setName(path), Files: files}})
-	return err
+	return target
 }

@@ -2,10 +2,8 @@ package podvm
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -13,44 +11,67 @@ import (
 	"github.com/caisson-vm/caisson/podvm/agent"
 )
 
-// follow begins to follow the pod's VM and what its agent reports.
-func (p *Pod) follow() {
-	ctx, cancel := context.WithCancel(context.Background())
-	p.mu.Lock()
-	p.end = cancel
-	v := p.vm
-	p.mu.Unlock()
-	go p.watchAgent(ctx)
-	go func() {
+// follow begins to follow the pod's VM and what its agent reports. listed is called whenever the
+// agent has told the state of every container, with those that nobody here knows.
+func (p *Pod) follow(listed func(unknown []string)) {
+	v := p.machine()
+	p.tasks.start(func(ctx context.Context) { p.watchAgent(ctx, listed) })
+	p.tasks.start(func(ctx context.Context) {
 		select {
 		case <-v.Done():
-			p.machineEnded(ctx)
+			p.machineEnded()
 		case <-ctx.Done():
 		}
-	}()
+	})
 }
 
+// lastWords is how long, after the end of a VM, what was received of its output may take to get into
+// the logs.
+const lastWords = 300 * time.Millisecond
+
 // machineEnded handles a VM that ended although nobody asked it to.
-func (p *Pod) machineEnded(ctx context.Context) {
+func (p *Pod) machineEnded() {
 	message := "the VM has ended"
 	if err := p.machine().Info().Err; err != nil {
 		message = printable(err.Error())
 	}
-	p.mu.Lock()
-	if p.record.Stage != ready {
-		p.mu.Unlock()
-		return // it is being stopped
+	if !p.fall("VMGone", message) {
+		return
 	}
-	p.record.Stage, p.record.Reason, p.record.Message = stopped, "VMGone", message
-	err := p.saveLocked()
-	p.mu.Unlock()
-	slog.Error("pod lost its VM", "pod", p.id, "reason", message)
-	if err != nil {
-		slog.Error("record the end of a pod", "pod", p.id, "err", err)
+	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+	defer cancel()
+	for _, c := range p.Containers() {
+		select {
+		case <-c.logged:
+		case <-ctx.Done():
+		}
 	}
 	p.endContainers("VMGone", message)
-	p.detach()
+	p.letGo()
 	p.m.events.send(Event{Kind: EventStopped, Pod: p.Status()})
+}
+
+// fall makes a ready pod one that is not, for a reason that nobody asked for. It returns false where
+// the pod is being stopped.
+func (p *Pod) fall(reason, message string) bool {
+	p.mu.Lock()
+	leaving := p.leaving
+	p.mu.Unlock()
+	if leaving {
+		return false
+	}
+	changed, err := p.record.update(func(r *podRecord) bool {
+		if r.Stage != ready {
+			return false
+		}
+		r.Stage, r.Reason, r.Message = stopped, reason, message
+		return true
+	})
+	p.note("record that a pod fell", err)
+	if changed {
+		slog.Error("pod fell", "pod", p.id, "reason", reason, "message", message)
+	}
+	return changed
 }
 
 // endContainers marks containers as ended with the VM.
@@ -60,82 +81,132 @@ func (p *Pod) endContainers(reason, message string) {
 	}
 }
 
-// rewatch is how long after a broken stream the agent is asked again.
-const rewatch = 500 * time.Millisecond
+// How long after a broken stream the agent is asked again: at first, and at last.
+const (
+	rewatch     = 100 * time.Millisecond
+	rewatchLast = 10 * time.Second
+)
 
 // watchAgent follows the states of containers until ctx ends.
-func (p *Pod) watchAgent(ctx context.Context) {
-	for ctx.Err() == nil {
-		if err := p.watchOnce(ctx, nil); err != nil && ctx.Err() == nil {
-			slog.Warn("watch containers", "pod", p.id, "err", err)
+func (p *Pod) watchAgent(ctx context.Context, listed func(unknown []string)) {
+	for wait := rewatch; ; wait = min(2*wait, rewatchLast) {
+		err := p.watchOnce(ctx, func(unknown []string) { listed(unknown); wait = rewatch })
+		if ctx.Err() != nil {
+			return
 		}
+		slog.Warn("watch containers", "pod", p.id, "err", err)
 		select {
-		case <-time.After(rewatch):
+		case <-time.After(wait):
 		case <-ctx.Done():
+			return
 		}
 	}
 }
 
-// watchOnce follows one stream; synced, if not nil, is called after the first listing.
-func (p *Pod) watchOnce(ctx context.Context, synced func()) error {
+// watchOnce follows one stream to its end.
+func (p *Pod) watchOnce(ctx context.Context, listed func(unknown []string)) error {
 	rpc, err := p.client.RPC(ctx)
 	if err != nil {
 		return err
 	}
+	awaited := p.Containers() // what is created from now on need not be in the listing
 	stream, err := rpc.Watch(ctx, &agent.WatchRequest{})
 	if err != nil {
 		return err
 	}
+	listing := map[string]bool{} // nil once it is complete
 	for {
 		s, err := stream.Recv()
 		if err != nil {
 			return err
 		}
 		if s.Synced {
-			if synced != nil {
-				synced()
+			if listing != nil {
+				listed(p.compare(awaited, listing))
 			}
+			listing = nil
 			continue
 		}
-		p.mu.Lock()
-		c := p.containers[s.Id]
-		p.mu.Unlock()
-		if c != nil {
+		if listing != nil {
+			if len(listing) == listingMax {
+				return fmt.Errorf("the agent lists more than %d containers", listingMax)
+			}
+			listing[s.Id] = true
+		}
+		if c := p.container(s.Id); c != nil {
 			c.reported(s)
 		}
 	}
 }
 
-// reported takes what the agent says of a container. The guest may say anything at any time: only
-// an exit counts, once, and only of a container that may have been running.
+// listingMax bounds what is remembered of an agent's listing.
+const listingMax = 1 << 14
+
+func (p *Pod) container(id string) *Container {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.containers[id]
+}
+
+// compare ends the containers of which the agent, asked for all, knows nothing, and returns those
+// that only the agent knows.
+func (p *Pod) compare(awaited []*Container, listing map[string]bool) (unknown []string) {
+	for _, c := range awaited {
+		if !listing[c.id] {
+			c.ended(time.Now(), vmGoneCode, "Unknown", "the guest does not know the container any more")
+		}
+	}
+	for id := range listing {
+		if p.container(id) == nil {
+			unknown = append(unknown, id)
+		}
+	}
+	return unknown
+}
+
+// reported takes what the agent says of a container. The guest may say anything at any time: an exit
+// counts once, and a start only when nobody here waits for one.
 func (c *Container) reported(s *agent.ContainerState) {
-	if s.State != agent.State_STATE_EXITED {
-		return
+	state := c.record.now().State
+	switch {
+	case state == Exited:
+	case s.State == agent.State_STATE_EXITED:
+		if c.exiting.CompareAndSwap(false, true) {
+			c.pod.tasks.start(func(ctx context.Context) { c.exit(ctx, s) })
+		}
+	case s.State == agent.State_STATE_RUNNING && state == Created && c.starting.tryLock():
+		defer c.starting.unlock()
+		c.begun(guestTime(s.StartedNs, c.created), 0)
 	}
-	c.mu.Lock()
-	over := c.record.State == Exited || c.exiting
-	c.exiting = true
-	c.mu.Unlock()
-	if over {
-		return
-	}
-	go c.exit(s)
 }
 
 // drainLimit is how long the log of an ended container may take to be written before its end shows.
-// A process that it left behind can hold its output open.
 const drainLimit = 5 * time.Second
 
-// exit makes a container's end visible, after what belongs to it is on the host: its files, its log.
-func (c *Container) exit(s *agent.ContainerState) {
-	for _, f := range s.Files {
-		if err := c.writeBack(f); err != nil {
-			slog.Warn("write back a file of a container", "container", c.id, "err", err)
-		}
-	}
+// drain waits until what a container said is in its log, for as long as it may take.
+func (c *Container) drain(ctx context.Context) {
 	select {
 	case <-c.logged:
 	case <-time.After(drainLimit):
+		slog.Warn("container log is not complete", "container", c.id)
+	case <-ctx.Done():
+	}
+}
+
+// exit makes a container's end visible, after what belongs to it is on the host: its files, its log.
+func (c *Container) exit(ctx context.Context, s *agent.ContainerState) {
+	if err := c.starting.lock(ctx); err != nil {
+		return
+	}
+	defer c.starting.unlock()
+	for _, f := range s.Files {
+		if err := writeBack(c.record.now().WriteBack, f); err != nil {
+			slog.Warn("write back a file of a container", "container", c.id, "err", err)
+		}
+	}
+	c.drain(ctx)
+	if ctx.Err() != nil {
+		return // the next daemon is told of it, too
 	}
 	reason := "Error"
 	switch {
@@ -143,6 +214,9 @@ func (c *Container) exit(s *agent.ContainerState) {
 		reason = "OOMKilled"
 	case s.ExitCode == 0:
 		reason = "Completed"
+	}
+	if s.StartedNs != 0 && c.record.now().State == Created { // its start succeeded, and nobody heard of it
+		c.begun(guestTime(s.StartedNs, c.created), 0)
 	}
 	c.ended(guestTime(s.FinishedNs, c.created), s.ExitCode&0xff, reason, "")
 }
@@ -159,19 +233,18 @@ func guestTime(ns int64, after time.Time) time.Time {
 
 // ended records the end of a container and tells it. Only the first end counts.
 func (c *Container) ended(at time.Time, code int32, reason, message string) {
-	c.mu.Lock()
-	if c.record.State == Exited {
-		c.mu.Unlock()
+	changed, err := c.record.update(func(r *containerRecord) bool {
+		if r.State == Exited {
+			return false
+		}
+		r.State, r.Finished, r.ExitCode, r.Reason, r.Message = Exited, at, code, reason, message
+		return true
+	})
+	c.pod.note("record the end of a container", err)
+	if !changed {
 		return
 	}
-	r := &c.record
-	r.State, r.Finished, r.ExitCode, r.Reason, r.Message = Exited, at, code, reason, message
-	err := c.saveLocked()
 	close(c.exited)
-	c.mu.Unlock()
-	if err != nil {
-		slog.Error("record the end of a container", "container", c.id, "err", err)
-	}
 	slog.Info("container exited", "pod", c.pod.id, "container", c.id, "code", code, "reason", reason)
 	c.pod.m.events.send(Event{Kind: EventStopped, Pod: c.pod.Status(), Container: c.Status()})
 }
@@ -179,37 +252,11 @@ func (c *Container) ended(at time.Time, code int32, reason, message string) {
 // vmGoneCode is the exit code of a container whose VM ended: nobody knows another.
 const vmGoneCode = 255
 
-// endedWithVM ends a container whose VM is gone. One that was never started has not run.
+// endedWithVM ends a container whose VM is gone.
 func (c *Container) endedWithVM(reason, message string) {
-	if reason == "Stopped" { // the kubelet asked for it: the usual end of a container
+	if reason == stopReason { // the kubelet asked for it: the usual end of a container
 		c.ended(time.Now(), 128+int32(unix.SIGKILL), "Error", "")
 		return
 	}
 	c.ended(time.Now(), vmGoneCode, reason, message)
-}
-
-// writeBackMax bounds what is written back of a file, in bytes.
-const writeBackMax = 1 << 20
-
-// writeBack puts what a container wrote into its copy of a file into the host's: only into files
-// that were given to it for writing, in place, because the kubelet has them mounted elsewhere too.
-func (c *Container) writeBack(f *agent.WrittenFile) error {
-	path, ok := c.record.WriteBack[f.Name]
-	if !ok || len(f.Content) > writeBackMax {
-		return fmt.Errorf("%q, %d bytes: not a file that it may write", printable(f.Name), len(f.Content))
-	}
-	file, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return err
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() {
-		return fmt.Errorf("%s is no regular file any more", path)
-	}
-	_, err = file.WriteAt(f.Content, 0)
-	return errors.Join(err, file.Truncate(int64(len(f.Content))))
 }
