@@ -38,6 +38,8 @@ type output struct {
 	// frames are those not acknowledged; base counts the bytes of all that were.
 	frames []byte
 	base   uint64
+	// store is the array that frames are in.
+	store []byte
 	// first is the offset of the first record kept, next that of the record to come.
 	first, next uint64
 	// ended: no record comes any more. closed: none is wanted any more.
@@ -77,6 +79,7 @@ func (o *output) fill(records []agent.Record) (int, <-chan struct{}) {
 	if o.closed {
 		return 0, nil
 	}
+	o.growLocked(records)
 	done := 0
 	for _, r := range records {
 		size := frameHead + recordHead + len(r.Line)
@@ -96,6 +99,23 @@ func (o *output) fill(records []agent.Record) (int, <-chan struct{}) {
 	return done, o.changed
 }
 
+// growLocked makes room for the records, as far as they may be kept. The caller holds mu. What was
+// acknowledged leaves its place in front; it is used again once it is at least what is to be moved.
+func (o *output) growLocked(records []agent.Record) {
+	need := len(o.frames)
+	for _, r := range records {
+		need += frameHead + recordHead + len(r.Line)
+	}
+	need = min(need, keepMax)
+	if need <= cap(o.frames) {
+		return
+	}
+	if len(o.store) < 2*need {
+		o.store = make([]byte, 2*need)
+	}
+	o.frames = o.store[:copy(o.store, o.frames)]
+}
+
 // end says that there is no more to come.
 func (o *output) end() {
 	o.mu.Lock()
@@ -108,7 +128,7 @@ func (o *output) end() {
 func (o *output) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.closed, o.frames = true, nil
+	o.closed, o.frames, o.store = true, nil, nil
 	o.notifyLocked()
 }
 
@@ -150,8 +170,8 @@ func (o *output) ack(offset uint64) error {
 	}
 	o.base += uint64(i)
 	o.first = offset
-	if i == len(o.frames) && cap(o.frames) > sendMax {
-		o.frames = nil // an idle container keeps no memory
+	if i == len(o.frames) && len(o.store) > sendMax {
+		o.frames, o.store = nil, nil // an idle container keeps no memory
 	} else {
 		o.frames = o.frames[i:]
 	}
