@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 )
 
 // Options say how the agent runs. The zero value is right in a VM.
@@ -118,7 +119,7 @@ func (a *Agent) Serve(ctx context.Context, l net.Listener) error {
 // quiet tells errors that only say that the host closed a stream.
 func quiet(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
-		errors.Is(err, context.Canceled)
+		errors.Is(err, context.Canceled) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET)
 }
 
 func (a *Agent) stream(ctx context.Context, s *ttrpc.Server, c net.Conn) error {

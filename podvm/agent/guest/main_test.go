@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -43,6 +44,13 @@ func serveUnderTest(dir string) error {
 	}
 	// crun looks at what is mounted here, also where it is not to use it.
 	if err := unix.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, ""); err != nil {
+		return err
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
 		return err
 	}
 	a, err := New(Options{Version: "test", Root: filepath.Join(dir, "r"), NoCgroups: true})
