@@ -164,3 +164,10 @@ func makeImage(t *testing.T, dir string) {
 		}
 	}
 }
+
+func mkfifo(t *testing.T, path string) {
+	t.Helper()
+	if err := unix.Mkfifo(path, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,108 @@
+package guest
+
+import (
+	"context"
+	"net"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// inNetwork gives the test a network of its own. Its thread ends with the test.
+func inNetwork(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNetwork(t *testing.T) {
+	inNetwork(t)
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	plug := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ens3", HardwareAddr: mac}, PeerName: "peer"}
+	plugged := make(chan error, 1)
+	handle, err := netlink.NewHandle() // of this network, wherever it is used
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handle.Close()
+	time.AfterFunc(50*time.Millisecond, func() { plugged <- handle.LinkAdd(plug) })
+	err = network(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+		Name: "eth0", Mac: mac.String(), Mtu: 1400, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
+		Routes: []*agent.Route{
+			{Destination: "169.254.1.1/32", Scope: uint32(netlink.SCOPE_LINK)},
+			{Destination: "0.0.0.0/0", Gateway: "169.254.1.1", Source: "10.1.2.3", Metric: 5},
+			{Destination: "::/0", Gateway: "fd00::1"},
+		},
+		Neighbours: []*agent.Neighbour{{Address: "169.254.1.1", Mac: "02:00:00:00:00:01"}},
+	}}})
+	if err != nil {
+		t.Fatal(err, <-plugged)
+	}
+	link, err := netlink.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a := link.Attrs(); a.MTU != 1400 || a.Flags&net.FlagUp == 0 {
+		t.Errorf("link: %+v", a)
+	}
+	addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, a := range addrs {
+		if s := a.IPNet.String(); s == "10.1.2.3/24" || s == "fd00::3/64" && a.Flags&unix.IFA_F_TENTATIVE == 0 {
+			found++
+		}
+	}
+	if found != 2 {
+		t.Errorf("addresses: %v", addrs)
+	}
+	for to, via := range map[string]string{"8.8.8.8": "169.254.1.1", "2001:db8::1": "fd00::1"} {
+		routes, err := netlink.RouteGet(net.ParseIP(to))
+		if err != nil || len(routes) != 1 || routes[0].Gw.String() != via {
+			t.Errorf("route to %s: %v, %v", to, routes, err)
+		}
+	}
+	neighbours, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_V4)
+	if err != nil || len(neighbours) != 1 || neighbours[0].State != netlink.NUD_PERMANENT {
+		t.Errorf("neighbours: %v, %v", neighbours, err)
+	}
+}
+
+func TestNetworkFails(t *testing.T) {
+	inNetwork(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	request := func(i *agent.Interface) *agent.NetworkRequest {
+		return &agent.NetworkRequest{Interfaces: []*agent.Interface{i}}
+	}
+	err := network(ctx, request(&agent.Interface{Name: "eth0", Mac: "02:00:00:00:00:07"}))
+	if !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "eth0 (02:00:00:00:00:07)") {
+		t.Errorf("no card: %v", err)
+	}
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ens3", HardwareAddr: mac}, PeerName: "peer"}); err != nil {
+		t.Fatal(err)
+	}
+	for name, i := range map[string]*agent.Interface{
+		"mac": {Name: "eth0", Mac: "x"}, "address": {Addresses: []string{"10.0.0.1"}},
+		"route": {Routes: []*agent.Route{{Destination: "x"}}}, "gateway": {Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "x"}}},
+		"neighbour": {Neighbours: []*agent.Neighbour{{Address: "10.0.0.1", Mac: "x"}}},
+	} {
+		if i.Mac == "" {
+			i.Name, i.Mac = "eth0", mac.String()
+		}
+		if err := network(t.Context(), request(i)); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
