@@ -1,0 +1,318 @@
+package podvm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+)
+
+// TestLife is one pod from its start to its removal.
+func TestLife(t *testing.T) {
+	n := newNode(t)
+	events := n.Events(soon(t))
+	config := podConfig("web")
+	config.LogDir = filepath.Join(n.dir, "logs")
+	p := n.pod(config)
+	s := p.Status()
+	if s.State != Ready || len(s.IPs) != 2 || s.IPs[0] != "10.1.2.3" || s.Driver != "fake" || strings.Contains(s.Kernel, "\x1b") || len(s.Phases) == 0 {
+		t.Errorf("got %+v", s)
+	}
+	a := n.agentOf(p.ID())
+	if a.setup.PodId != p.ID() || a.setup.Hostname != p.ID()[:12] || len(a.setup.Entropy) < 32 || len(a.setup.MachineId) != 32 || a.setup.ScratchAddr != "serial:scratch" || a.setup.Dns.Servers[0] != "10.0.0.10" {
+		t.Errorf("the guest was set up as %v", a.setup)
+	}
+	if nic := a.network.Interfaces[0]; nic.Name != "eth0" || nic.Mtu != 1450 || len(nic.Addresses) != 2 || len(nic.Routes) != 1 || len(nic.Neighbours) != 1 {
+		t.Errorf("the guest's network is %v", a.network)
+	}
+	c := n.container(p, containerConfig("main"))
+	if s := c.Status(); s.State != Created || s.ImageRef != testImage || s.User == nil || s.User.UID != 1 {
+		t.Errorf("got %+v", s)
+	}
+	if err := c.Start(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if s := c.Status(); s.State != Running || s.PID != 7 || s.Started.IsZero() {
+		t.Errorf("got %+v", s)
+	}
+	if err := c.Start(soon(t)); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a second start: %v", err)
+	}
+	var out bytes.Buffer
+	code, err := c.Exec(soon(t), ExecConfig{Command: []string{"ls"}}, agent.IO{Stdout: &out})
+	if err != nil || code != 3 || !strings.Contains(out.String(), `"ls"`) {
+		t.Errorf("exec: %d, %v, %s", code, err, out.String())
+	}
+	a.say(c.ID(), "hello")
+	a.exit(c.ID(), 5)
+	n.until("exit", func() bool { return c.Status().State == Exited })
+	if s := c.Status(); s.ExitCode != 5 || s.Reason != "Error" || s.Finished.IsZero() {
+		t.Errorf("got %+v", s)
+	}
+	log, err := os.ReadFile(c.Status().LogPath)
+	if err != nil || !strings.HasSuffix(string(log), " stdout F hello\n") {
+		t.Errorf("when the end shows the log is %q, %v", log, err)
+	}
+	if err := c.Remove(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Container(c.ID()); !errdefs.IsNotFound(err) || a.container(c.ID()) != nil {
+		t.Errorf("a removed container is there: %v", err)
+	}
+	if err := p.Remove(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+	var kinds []string
+	for e := range events {
+		kind := "pod " + string(e.Kind)
+		if e.Container.ID != "" {
+			kind = "container " + string(e.Kind)
+		}
+		if kinds = append(kinds, kind); kind == "pod deleted" {
+			break
+		}
+	}
+	want := "pod created, pod started, container created, container started, container stopped, container deleted, pod stopped, pod deleted"
+	if got := strings.Join(kinds, ", "); got != want {
+		t.Errorf("events: %s\nwant: %s", got, want)
+	}
+}
+
+var errInjected = errors.New("injected")
+
+// TestRunUndone lets each step of a start fail.
+func TestRunUndone(t *testing.T) {
+	failing := func(method string) func(*node) {
+		return func(n *node) { n.born = func(a *fakeAgent) { a.fail[method] = errInjected } }
+	}
+	for name, c := range map[string]struct {
+		inject func(n *node)
+		heal   func(n *node)
+		step   string
+	}{
+		"network":   {func(n *node) { n.network.failing("Setup", errInjected) }, nil, "network"},
+		"tap":       {func(n *node) { n.network.failing("OpenTap", errInjected) }, nil, "nic"},
+		"launch":    {func(n *node) { n.driver.Fail("Launch", errInjected) }, func(n *node) { n.driver.Fail("Launch", nil) }, "vm"},
+		"nic":       {func(n *node) { n.driver.Fail("AddNIC", errInjected) }, func(n *node) { n.driver.Fail("AddNIC", nil) }, "nic"},
+		"disk":      {func(n *node) { n.driver.Fail("AddDisk", errInjected) }, func(n *node) { n.driver.Fail("AddDisk", nil) }, "disk"},
+		"dial":      {func(n *node) { n.driver.Fail("Dial", errInjected) }, func(n *node) { n.driver.Fail("Dial", nil) }, "agent"},
+		"setup":     {failing("Setup"), nil, "agent"},
+		"addresses": {failing("Network"), nil, "addresses"},
+		"size":      {func(n *node) { n.driver.Fail("Resize", errInjected) }, func(n *node) { n.driver.Fail("Resize", nil) }, "size"},
+		"record": {func(n *node) {
+			n.born = func(a *fakeAgent) {
+				a.before["Network"] = func() { os.RemoveAll(n.layout.pods()) }
+			}
+		}, func(n *node) { os.Mkdir(n.layout.pods(), 0o700) }, "record"},
+		"folder": {func(n *node) { os.Remove(n.layout.pods()) }, func(n *node) { os.Mkdir(n.layout.pods(), 0o700) }, "pod folder"},
+		"log folder": {func(n *node) { os.WriteFile(filepath.Join(n.dir, "logs"), nil, 0o600) },
+			func(n *node) { os.Remove(filepath.Join(n.dir, "logs")) }, "log folder"},
+		"scratch": {func(n *node) {
+			n.pod(podConfig("first")).Remove(context.Background())
+			os.Rename(filepath.Join(n.dir, "root", "scratch.template"), filepath.Join(n.dir, "away"))
+		}, func(n *node) {
+			os.Rename(filepath.Join(n.dir, "away"), filepath.Join(n.dir, "root", "scratch.template"))
+		}, "scratch"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			c.inject(n)
+			config := podConfig("web")
+			config.LogDir = filepath.Join(n.dir, "logs")
+			config.Resources = &Resources{Memory: 1 << 30}
+			_, err := n.Run(soon(t), config)
+			if err == nil || !strings.Contains(err.Error(), c.step) || !strings.Contains(err.Error(), "default/web") {
+				t.Errorf("the error does not name the step %q: %v", c.step, err)
+			}
+			if c.heal != nil {
+				c.heal(n)
+			}
+			n.nothingLeft()
+			n.network.failing("", nil)
+			n.born = nil
+			if p := n.pod(config); p.Status().State != Ready {
+				t.Errorf("the next try gave %+v", p.Status())
+			}
+		})
+	}
+}
+
+// TestRunWithTeardownFailing has the undoing fail, too: the pod stays, for the kubelet to remove.
+func TestRunWithTeardownFailing(t *testing.T) {
+	n := newNode(t)
+	n.network.fail = map[string]error{"Setup": errInjected, "Teardown": errInjected}
+	if _, err := n.Run(soon(t), podConfig("web")); err == nil {
+		t.Fatal("started")
+	}
+	pods := n.Pods()
+	if len(pods) != 1 || pods[0].Status().State != NotReady || pods[0].Status().Reason == "" {
+		t.Fatalf("got %d pods", len(pods))
+	}
+	if _, err := n.Run(soon(t), podConfig("web")); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("over what is left: %v", err)
+	}
+	n.network.failing("", nil)
+	n.restart(nil)
+	for _, p := range n.Pods() {
+		if err := p.Remove(soon(t)); err != nil {
+			t.Error(err)
+		}
+	}
+	n.nothingLeft()
+}
+
+// TestRunJoined has one pod asked for many times, and by callers that give up.
+func TestRunJoined(t *testing.T) {
+	n := newNode(t)
+	at, proceed := make(chan struct{}), make(chan struct{})
+	n.born = func(a *fakeAgent) { a.before["Setup"] = func() { close(at); <-proceed } }
+	impatient, cancel := context.WithCancel(soon(t))
+	gaveUp := make(chan error, 1)
+	go func() {
+		_, err := n.Run(impatient, podConfig("web"))
+		gaveUp <- err
+	}()
+	<-at
+	cancel()
+	if err := <-gaveUp; !errors.Is(err, context.Canceled) {
+		t.Errorf("a caller that gave up got %v", err)
+	}
+	var got sync.Map
+	var callers sync.WaitGroup
+	for range 8 {
+		callers.Go(func() {
+			p, err := n.Run(soon(t), podConfig("web"))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			got.Store(p.ID(), true)
+		})
+	}
+	other := podConfig("web")
+	other.Attempt = 1
+	n.mu.Lock()
+	n.born = nil
+	n.mu.Unlock()
+	if p := n.pod(other); p.Status().State != Ready {
+		t.Error("another pod waits for the first")
+	}
+	close(proceed)
+	callers.Wait()
+	count := 0
+	got.Range(func(any, any) bool { count++; return true })
+	if count != 1 || len(n.driver.VMs()) != 2 {
+		t.Errorf("%d pods, %d VMs", count, len(n.driver.VMs()))
+	}
+	p := n.pod(podConfig("web"))
+	if err := p.Stop(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Run(soon(t), podConfig("web")); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("a stopped pod was run: %v", err)
+	}
+}
+
+func TestRunRefusesNodePods(t *testing.T) {
+	n := newNode(t)
+	for _, c := range []PodConfig{{HostNetwork: true}, {HostPID: true}, {HostIPC: true}} {
+		if _, err := n.Run(soon(t), c); !errdefs.IsNotImplemented(err) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	n.nothingLeft()
+}
+
+func TestFindByPrefix(t *testing.T) {
+	n := newNode(t)
+	a, b := n.pod(podConfig("a")), n.pod(podConfig("b"))
+	if p, err := n.Pod(a.ID()[:20]); err != nil || p != a {
+		t.Errorf("got %v, %v", p, err)
+	}
+	if _, err := n.Pod(""); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("no id: %v", err)
+	}
+	if _, err := n.Pod("x"); !errdefs.IsNotFound(err) {
+		t.Errorf("an unknown id: %v", err)
+	}
+	same := 0
+	for same < len(a.ID()) && a.ID()[same] == b.ID()[same] {
+		same++
+	}
+	if same > 0 {
+		if _, err := n.Pod(a.ID()[:same]); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("a prefix of two: %v", err)
+		}
+	}
+}
+
+// TestStopRemoveIdempotent stops and removes again and again, also at once.
+func TestStopRemoveIdempotent(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("main"))
+	for range 2 {
+		if err := p.Stop(soon(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s := c.Status(); s.State != Exited || s.ExitCode != 137 {
+		t.Errorf("with its pod the container became %+v", s)
+	}
+	if s := p.Status(); s.State != NotReady || s.Reason != "Stopped" {
+		t.Errorf("got %+v", s)
+	}
+	if len(n.driver.VMs()) > 0 || len(n.network.pods()) > 0 {
+		t.Error("a stopped pod has a VM or a network")
+	}
+	if err := c.Stop(soon(t), 0); err != nil {
+		t.Error(err)
+	}
+	if _, err := p.Create(soon(t), containerConfig("late")); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a container in a stopped pod: %v", err)
+	}
+	if err := c.Remove(soon(t)); err != nil {
+		t.Error(err)
+	}
+	var group sync.WaitGroup
+	for range 4 {
+		group.Go(func() {
+			if err := p.Remove(soon(t)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	n.nothingLeft()
+	if q := n.pod(podConfig("web")); q.ID() == p.ID() {
+		t.Error("a removed pod came back")
+	}
+}
+
+func TestStopFailsAndIsTriedAgain(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	n.driver.Fail("Kill", errInjected)
+	if err := p.Stop(soon(t)); !errors.Is(err, errInjected) {
+		t.Errorf("got %v", err)
+	}
+	n.driver.Fail("Kill", nil)
+	n.network.failing("Teardown", errInjected)
+	if err := p.Remove(soon(t)); !errors.Is(err, errInjected) {
+		t.Errorf("got %v", err)
+	}
+	n.network.failing("", nil)
+	if err := p.Remove(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+}

@@ -1,0 +1,251 @@
+package podvm
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/caisson-vm/caisson/imagestore"
+	"github.com/caisson-vm/caisson/network"
+	"github.com/caisson-vm/caisson/podvm/guestimage"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
+)
+
+const testImage = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+// node is a node whose VMs, network and images are fakes; its daemon may come and go.
+type node struct {
+	t       *testing.T
+	dir     string
+	driver  *vmmtest.Fake
+	network *fakeNetwork
+	images  *fakeImages
+	*Manager
+
+	mu     sync.Mutex
+	agents map[string]*fakeAgent // by pod
+	born   func(a *fakeAgent)    // called with each agent before its first stream is answered
+}
+
+func newNode(t *testing.T) *node {
+	n := &node{t: t, dir: t.TempDir(), network: &fakeNetwork{}, images: &fakeImages{}, agents: map[string]*fakeAgent{}}
+	n.driver = &vmmtest.Fake{Serve: func(v *vmmtest.FakeVM, c net.Conn) { n.agentOf(v.ID()).serve(c) }}
+	n.images.file = filepath.Join(n.dir, "image.erofs")
+	if err := os.WriteFile(n.images.file, []byte("image"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	t.Cleanup(func() { n.Close() })
+	return n
+}
+
+// start starts the daemon.
+func (n *node) start() {
+	n.t.Helper()
+	m, err := New(Options{
+		Root: filepath.Join(n.dir, "root"), State: filepath.Join(n.dir, "run"),
+		Driver: n.driver, Drivers: map[string]vmm.Driver{n.driver.Name(): n.driver},
+		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images,
+		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4 << 30}, Scratch: 16 << 20,
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.Manager = m
+	if err := m.Recover(soon(n.t)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// restart ends the daemon, lets something happen, and starts it again.
+func (n *node) restart(meanwhile func()) {
+	n.t.Helper()
+	if err := n.Close(); err != nil {
+		n.t.Fatal(err)
+	}
+	if meanwhile != nil {
+		meanwhile()
+	}
+	n.start()
+}
+
+func (n *node) agentOf(pod string) *fakeAgent {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	a := n.agents[pod]
+	if a == nil {
+		a = newFakeAgent()
+		if n.born != nil {
+			n.born(a)
+		}
+		n.agents[pod] = a
+	}
+	return a
+}
+
+func podConfig(name string) PodConfig {
+	return PodConfig{Name: name, Namespace: "default", UID: "uid-" + name, DNS: DNS{Servers: []string{"10.0.0.10"}}}
+}
+
+func (n *node) pod(c PodConfig) *Pod {
+	n.t.Helper()
+	p, err := n.Run(soon(n.t), c)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return p
+}
+
+func containerConfig(name string) ContainerConfig {
+	return ContainerConfig{Name: name, Image: testImage, Command: []string{"run"}, LogPath: name + ".log"}
+}
+
+func (n *node) container(p *Pod, c ContainerConfig) *Container {
+	n.t.Helper()
+	made, err := p.Create(soon(n.t), c)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return made
+}
+
+func (n *node) running(p *Pod, c ContainerConfig) *Container {
+	n.t.Helper()
+	made := n.container(p, c)
+	if err := made.Start(soon(n.t)); err != nil {
+		n.t.Fatal(err)
+	}
+	return made
+}
+
+// until waits for a condition; it is looked at often, because not all that happens is told.
+func (n *node) until(what string, ok func() bool) {
+	n.t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(end) {
+			n.t.Fatalf("not within 10 s: %s", what)
+		}
+	}
+}
+
+// nothingLeft fails where anything of a pod is there.
+func (n *node) nothingLeft() {
+	n.t.Helper()
+	if vms := n.driver.VMs(); len(vms) > 0 {
+		n.t.Errorf("%d VMs are left", len(vms))
+	}
+	if up := n.network.pods(); len(up) > 0 {
+		n.t.Errorf("networks are left: %q", up)
+	}
+	for _, dir := range []string{filepath.Join(n.dir, "root", "pods"), filepath.Join(n.dir, "run")} {
+		entries, err := os.ReadDir(dir)
+		if err != nil || len(entries) > 0 {
+			n.t.Errorf("%s has %v, %v", dir, entries, err)
+		}
+	}
+	if len(n.Pods())+len(n.Containers()) > 0 {
+		n.t.Errorf("there are %d pods and %d containers", len(n.Pods()), len(n.Containers()))
+	}
+}
+
+// fakeNetwork gives pods a card whose tap is a pipe.
+type fakeNetwork struct {
+	mu   sync.Mutex
+	up   map[string]bool
+	fail map[string]error
+	hook func() // called by Setup
+}
+
+func (f *fakeNetwork) failing(method string, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fail = map[string]error{method: err}
+}
+
+func (f *fakeNetwork) pods() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Collect(maps.Keys(f.up))
+}
+
+func (f *fakeNetwork) Setup(_ context.Context, p network.Pod) (*network.Attachment, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.up == nil {
+		f.up = map[string]bool{}
+	}
+	f.up[p.ID] = true // as a plugin that fails half-way
+	if f.hook != nil {
+		f.hook()
+	}
+	if err := f.fail["Setup"]; err != nil {
+		return nil, err
+	}
+	return &network.Attachment{NetNS: "/run/netns/" + p.ID, Interfaces: []network.Interface{{
+		Name: "eth0", Tap: "tap0", MAC: "02:00:00:00:00:01", MTU: 1450, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
+		Routes: []network.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1"}}, Neighbours: []network.Neighbour{{Address: "10.1.2.1", MAC: "02:00:00:00:00:02"}},
+	}}}, nil
+}
+
+func (f *fakeNetwork) Teardown(_ context.Context, p network.Pod) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.fail["Teardown"]; err != nil {
+		return err
+	}
+	delete(f.up, p.ID)
+	return nil
+}
+
+func (f *fakeNetwork) OpenTap(*network.Attachment, int) (*os.File, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.fail["OpenTap"]; err != nil {
+		return nil, err
+	}
+	return os.Open("/dev/null")
+}
+
+func (f *fakeNetwork) GC(_ context.Context, pods []string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for id := range f.up {
+		if !slices.Contains(pods, id) {
+			delete(f.up, id)
+		}
+	}
+	return f.fail["GC"]
+}
+
+// fakeImages has one image.
+type fakeImages struct {
+	file string
+	fail error
+}
+
+func (f *fakeImages) Link(id, path string) (imagestore.Image, error) {
+	if f.fail != nil {
+		return imagestore.Image{}, f.fail
+	}
+	if id != testImage {
+		return imagestore.Image{}, fmt.Errorf("image %s: %w", id, errdefs.ErrNotFound)
+	}
+	if err := os.Link(f.file, path); err != nil && !os.IsExist(err) {
+		return imagestore.Image{}, err
+	}
+	var i imagestore.Image
+	i.ID = id
+	i.Config.Config = ocispec.ImageConfig{User: "nobody", StopSignal: "SIGUSR1", Env: []string{"A=b"}}
+	return i, nil
+}

@@ -1,0 +1,271 @@
+package podvm
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/state"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// again is the pod as the next daemon has it.
+func (n *node) again(id string) *Pod {
+	n.t.Helper()
+	p, err := n.Pod(id)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return p
+}
+
+// TestRecoverRunningPod restarts the daemon over a pod that goes on meanwhile.
+func TestRecoverRunningPod(t *testing.T) {
+	n := newNode(t)
+	config := podConfig("web")
+	config.LogDir = filepath.Join(n.dir, "logs")
+	p := n.pod(config)
+	ended := containerConfig("ended")
+	path := terminationLog(t, n, &ended)
+	e, goesOn := n.running(p, ended), n.running(p, containerConfig("goes-on"))
+	created := n.container(p, containerConfig("created"))
+	a := n.agentOf(p.ID())
+	a.say(goesOn.ID(), "before")
+	n.until("log", func() bool { data, _ := os.ReadFile(goesOn.Status().LogPath); return len(data) > 0 })
+	before := p.Status()
+	n.restart(func() {
+		a.say(goesOn.ID(), "meanwhile")
+		a.say(e.ID(), "last words")
+		a.exit(e.ID(), 4, &agent.WrittenFile{Name: a.container(e.ID()).request.Mounts[0].GetFiles().Name, Content: []byte("bye")})
+	})
+	q := n.again(p.ID())
+	if s := q.Status(); s.State != Ready || len(s.IPs) != 2 || s.Config.Name != "web" || !s.Created.Equal(before.Created) {
+		t.Errorf("got %+v", s)
+	}
+	c, err := n.Manager.Container(e.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.until("exit", func() bool { return c.Status().State == Exited })
+	if s := c.Status(); s.ExitCode != 4 {
+		t.Errorf("got %+v", s)
+	}
+	if data, err := os.ReadFile(path); err != nil || string(data) != "bye" {
+		t.Errorf("the message is %q, %v", data, err)
+	}
+	for name, want := range map[string][]string{"goes-on": {"before", "meanwhile", "after"}, "ended": {"last words"}} {
+		if name == "goes-on" {
+			a.say(goesOn.ID(), "after")
+		}
+		log := filepath.Join(config.LogDir, name+".log")
+		n.until("log of "+name, func() bool { data, _ := os.ReadFile(log); return strings.Count(string(data), "\n") == len(want) })
+		data, _ := os.ReadFile(log)
+		for i, line := range strings.Split(strings.TrimSpace(string(data)), "\n") {
+			if !strings.HasSuffix(line, want[i]) {
+				t.Errorf("%s: line %d is %q, want %q", name, i, line, want[i])
+			}
+		}
+	}
+	d, err := n.Manager.Container(created.ID())
+	if err != nil || d.Status().State != Created {
+		t.Fatalf("the created container: %v", err)
+	}
+	if err := d.Start(soon(t)); err != nil {
+		t.Error(err)
+	}
+	if again := n.pod(config); again != q {
+		t.Error("the kubelet's retry started another pod")
+	}
+	n.running(q, containerConfig("new"))
+	if disks := n.driver.VMs()[0].Disks(); len(disks) != 2 {
+		t.Errorf("the image was attached again: %d disks", len(disks))
+	}
+	if err := q.Remove(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+}
+
+// TestRecoverVMGone has the VM end while no daemon runs.
+func TestRecoverVMGone(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("main"))
+	n.restart(func() { n.driver.VMs()[0].End(errors.New("gone")) })
+	q := n.again(p.ID())
+	if s := q.Status(); s.State != NotReady || s.Reason != "VMGone" {
+		t.Errorf("got %+v", s)
+	}
+	d, err := n.Manager.Container(c.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := d.Status(); s.State != Exited || s.ExitCode != 255 || s.Reason != "VMGone" {
+		t.Errorf("got %+v", s)
+	}
+	if err := d.Remove(soon(t)); err != nil {
+		t.Error(err)
+	}
+	if err := q.Remove(soon(t)); err != nil {
+		t.Error(err)
+	}
+	n.nothingLeft()
+}
+
+// TestRecoverHalfMade has the daemon die in the middle of a start, at several points.
+func TestRecoverHalfMade(t *testing.T) {
+	n := newNode(t)
+	id := newID()
+	for name, make := range map[string]func() error{
+		"folder alone": func() error { return os.MkdirAll(n.layout.containers(id), 0o700) },
+		"recorded": func() error {
+			r := podRecord{ID: id, Config: podConfig("half"), Created: time.Now(), Stage: starting, Driver: "fake", VM: n.vmConfig(id)}
+			return errors.Join(os.MkdirAll(n.layout.containers(id), 0o700), state.Write(n.layout.record(id), r))
+		},
+		"launched": func() error {
+			r := podRecord{ID: id, Config: podConfig("half"), Created: time.Now(), Stage: starting, Driver: "fake", VM: n.vmConfig(id)}
+			err := errors.Join(os.MkdirAll(n.layout.containers(id), 0o700), os.MkdirAll(n.layout.run(id), 0o700), state.Write(n.layout.record(id), r))
+			_, launch := n.driver.Launch(soon(t), r.VM)
+			n.network.up = map[string]bool{id: true}
+			return errors.Join(err, launch)
+		},
+		"no record, but all the rest": func() error {
+			err := errors.Join(os.MkdirAll(n.layout.run(id), 0o700))
+			_, launch := n.driver.Launch(soon(t), vmm.Config{ID: id, Dir: n.layout.run(id)})
+			n.network.up = map[string]bool{id: true}
+			return errors.Join(err, launch)
+		},
+	} {
+		n.restart(func() {
+			if err := make(); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if len(n.Pods()) > 0 {
+			t.Errorf("%s: the pod shows", name)
+		}
+		n.nothingLeft()
+	}
+}
+
+// TestRecoverHalfMadeContainer has the daemon die in the middle of a creation.
+func TestRecoverHalfMadeContainer(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	a := n.agentOf(p.ID())
+	id := newID()
+	n.restart(func() {
+		if _, err := a.Create(soon(t), &agent.CreateRequest{Id: id}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if len(n.Containers()) > 0 {
+		t.Error("it shows")
+	}
+	n.until("it is removed from the guest", func() bool { return a.container(id) == nil })
+	n.running(n.again(p.ID()), containerConfig("main"))
+}
+
+// TestRecoverUnreadable keeps what it does not understand, until somebody asks for its removal.
+func TestRecoverUnreadable(t *testing.T) {
+	for name, content := range map[string]string{
+		"garbage": "\x00garbage", "newer version": `{"version":99,"record":{}}`, "unknown field": `{"version":1,"record":{"Fancy":1}}`,
+		"nothing": "", "another's": fmt.Sprintf(`{"version":1,"record":{"ID":%q,"Stage":"ready"}}`, strings.Repeat("a", 64)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			p := n.pod(podConfig("web"))
+			n.running(p, containerConfig("main"))
+			path := n.layout.record(p.ID())
+			n.restart(func() {
+				if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			})
+			q := n.again(p.ID())
+			if s := q.Status(); s.State != NotReady || s.Reason != "Unreadable" || s.Message == "" {
+				t.Errorf("got %+v", s)
+			}
+			if len(n.driver.VMs()) != 1 || len(n.network.pods()) != 1 {
+				t.Error("what was not understood was ended")
+			}
+			if data, err := os.ReadFile(path); err != nil || string(data) != content {
+				t.Errorf("the record became %q, %v", data, err)
+			}
+			if err := q.Remove(soon(t)); err != nil {
+				t.Error(err)
+			}
+			n.nothingLeft()
+		})
+	}
+}
+
+// TestRecoverUnreadableContainer leaves the pod and its other containers alone.
+func TestRecoverUnreadableContainer(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	bad, good := n.running(p, containerConfig("bad")), n.running(p, containerConfig("good"))
+	path := n.layout.container(p.ID(), bad.ID())
+	n.restart(func() {
+		if err := os.WriteFile(path, []byte("garbage"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if s := n.again(p.ID()).Status(); s.State != Ready {
+		t.Errorf("the pod is %+v", s)
+	}
+	c, err := n.Manager.Container(good.ID())
+	if err != nil || c.Status().State != Running {
+		t.Errorf("the other container: %v", err)
+	}
+	if data, _ := os.ReadFile(path); string(data) != "garbage" {
+		t.Error("the record was changed")
+	}
+	if n.agentOf(p.ID()).container(bad.ID()) == nil {
+		t.Error("what was not understood was removed from the guest")
+	}
+}
+
+// TestRecoverStrangers leaves alone what is no pod's.
+func TestRecoverStrangers(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	strangers := []string{filepath.Join(n.layout.pods(), "lost+found"), filepath.Join(n.dir, "run", "other")}
+	n.restart(func() {
+		for _, path := range strangers {
+			if err := os.Mkdir(path, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	for _, path := range strangers {
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	if s := n.again(p.ID()).Status(); s.State != Ready || len(n.Pods()) != 1 {
+		t.Errorf("%d pods, and %+v", len(n.Pods()), s)
+	}
+}
+
+// TestRecoverMany restarts over more pods than are attached to at once.
+func TestRecoverMany(t *testing.T) {
+	n := newNode(t)
+	for i := range attachAtOnce + 8 {
+		n.pod(podConfig(fmt.Sprint("web-", i)))
+	}
+	n.restart(nil)
+	for _, p := range n.Pods() {
+		if s := p.Status(); s.State != Ready {
+			t.Errorf("got %+v", s)
+		}
+	}
+	if len(n.Pods()) != attachAtOnce+8 {
+		t.Errorf("%d pods", len(n.Pods()))
+	}
+}
