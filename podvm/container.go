@@ -33,7 +33,7 @@ type Container struct {
 
 	mu     sync.Mutex
 	log    *logWriter // nil until it was opened
-	endLog func()     // ends the moving of output to the log
+	endLog func()     // ends the moving of output to the log; nil before it began
 }
 
 // ID is 64 hex digits.
@@ -66,7 +66,7 @@ func (p *Pod) containerOf(r containerRecord) *Container {
 	c := &Container{
 		id: r.ID, pod: p, created: r.Created, record: newSaved(l.container(p.id, r.ID), r),
 		change: make(semaphore, 1), starting: make(semaphore, 1),
-		exited: make(chan struct{}), logged: make(chan struct{}), endLog: func() {},
+		exited: make(chan struct{}), logged: make(chan struct{}),
 	}
 	if r.State == Exited {
 		close(c.exited)
