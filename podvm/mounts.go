@@ -56,7 +56,7 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 		return to, nil
 	}
 	if m.Propagation == "rshared" {
-		return nil, fmt.Errorf("Bidirectional propagation: what is mounted in a VM can't appear on the node: %w", errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("propagation Bidirectional: what is mounted in a VM can't appear on the node: %w", errdefs.ErrNotImplemented)
 	}
 	if !filepath.IsAbs(m.HostPath) {
 		return nil, fmt.Errorf("host path %q: want an absolute path: %w", m.HostPath, errdefs.ErrInvalidArgument)
