@@ -13,7 +13,7 @@ KERNEL :=
 export PATH := $(CURDIR)/build/go/bin:$(PATH)
 export GOTOOLCHAIN ?= auto
 
-.PHONY: all build agent guest guest-kernel deps prepare demo demo-clean test unit e2e bench e2e-node lint clean
+.PHONY: all build agent guest guest-kernel deps prepare demo demo-clean test unit e2e bench e2e-node kubelet lint clean
 
 all: build
 
@@ -56,19 +56,34 @@ test:
 
 # One package at a time: several of them boot VMs.
 unit:
-	go test $(GOFLAGS) -p 1 -timeout 15m $$(go list $(GOFLAGS) ./... | grep -v -e /e2e$$ -e /e2e/critest$$ -e /build/)
+	go test $(GOFLAGS) -p 1 -timeout 15m $$(go list $(GOFLAGS) ./... | grep -v -e /e2e$$ -e /e2e/critest$$ -e /e2e/kubelet$$ -e /build/)
 
 e2e:
 	go test $(GOFLAGS) -p 1 -count 1 -timeout 30m ./e2e ./e2e/critest
 
-# The end-to-end tests with Cloud Hypervisor, in an emulated node whose KVM works.
+# The end-to-end tests with Cloud Hypervisor, and those with a kubelet, in an emulated node whose
+# KVM works.
 e2e-node: deps
-	@$(MAKE) --no-print-directory build guest prepare
+	@command -v cloud-hypervisor >/dev/null || { echo "e2e-node: nothing is tested: there is no cloud-hypervisor in PATH; put a release of it there"; exit 1; }
+	@$(MAKE) --no-print-directory build guest prepare kubelet
 	go run $(GOFLAGS) ./e2e/node suite -test.v
+	go run $(GOFLAGS) ./e2e/node kubelet -test.v
+	go run $(GOFLAGS) ./e2e/node down
 
-# The runtimes at ENDPOINTS against one another; without any, a daemon of its own.
-bench:
+# The kubelet for the emulated node. Takes minutes.
+kubelet:
+	cd e2e/kubelet/tool && GOFLAGS= go build -trimpath -ldflags '-s -w' -o ../../../build/tools/kubelet k8s.io/kubernetes/cmd/kubelet
+
+# Pods that are clones against pods that boot, PODS of each, IDLE more at once. With
+# BENCH='--endpoint NAME=unix:///SOCKET ...' the runtimes at these CRI sockets against one another.
+PODS := 10
+IDLE := 0
+bench: build guest prepare
+ifdef BENCH
 	go run $(GOFLAGS) ./e2e/bench $(BENCH)
+else
+	CAISSON_BENCH_IDLE=$(IDLE) go test $(GOFLAGS) ./e2e -run '^$$' -bench Pods -benchtime $(PODS)x -timeout 60m
+endif
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }

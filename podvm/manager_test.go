@@ -104,8 +104,8 @@ func TestRunUndone(t *testing.T) {
 		"launch":    {func(n *node) { n.driver.Fail("Launch", errInjected) }, func(n *node) { n.driver.Fail("Launch", nil) }, "vm"},
 		"nic":       {func(n *node) { n.driver.Fail("AddNIC", errInjected) }, func(n *node) { n.driver.Fail("AddNIC", nil) }, "nic"},
 		"disk":      {func(n *node) { n.driver.Fail("AddDisk", errInjected) }, func(n *node) { n.driver.Fail("AddDisk", nil) }, "disk"},
-		"dial":      {func(n *node) { n.driver.Fail("Dial", errInjected) }, func(n *node) { n.driver.Fail("Dial", nil) }, "agent"},
-		"setup":     {failing("Setup"), nil, "agent"},
+		"dial":      {func(n *node) { n.driver.Fail("Dial", errInjected) }, func(n *node) { n.driver.Fail("Dial", nil) }, "guest"},
+		"setup":     {failing("Setup"), nil, "setup"},
 		"addresses": {failing("Network"), nil, "addresses"},
 		"size":      {func(n *node) { n.driver.Fail("Resize", errInjected) }, func(n *node) { n.driver.Fail("Resize", nil) }, "size"},
 		"record": {func(n *node) {

@@ -176,7 +176,14 @@ func (b *birth) boot(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if err := b.time("agent", func() error { return b.identify(ctx, address) }); err != nil {
+	var rpc agent.AgentClient
+	if err := b.time("guest", func() (err error) {
+		rpc, err = b.client.RPC(ctx)
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := b.time("setup", func() error { return b.identify(ctx, rpc, address) }); err != nil {
 		return err
 	}
 	return b.time("size", func() error { return b.fit(ctx, b.record.now().Config, nil) })
@@ -229,11 +236,7 @@ func (m *Manager) launch(ctx context.Context, driver vmm.Driver, c vmm.Config, n
 }
 
 // identify makes the guest this pod's: until then it is like every other.
-func (b *birth) identify(ctx context.Context, scratch string) error {
-	rpc, err := b.client.RPC(ctx)
-	if err != nil {
-		return err
-	}
+func (b *birth) identify(ctx context.Context, rpc agent.AgentClient, scratch string) error {
 	c := b.record.now().Config
 	dns, err := c.DNS.orNode()
 	if err != nil {

@@ -21,8 +21,9 @@ type Config struct {
 	Driver string `toml:"driver"`
 	Guest  string `toml:"guest"`
 	VM     struct {
-		Memory string `toml:"memory,omitempty"`
-		QEMU   string `toml:"qemu,omitempty"`
+		Memory   string `toml:"memory,omitempty"`
+		QEMU     string `toml:"qemu,omitempty"`
+		Template string `toml:"template,omitempty"`
 	} `toml:"vm"`
 	CNI struct {
 		ConfDir string   `toml:"conf_dir"`
@@ -48,16 +49,22 @@ func newConfig(t testing.TB, dir string) Config {
 	c.Listen = filepath.Join(dir, "cri.sock")
 	c.Root = filepath.Join(dir, "root")
 	c.State = filepath.Join(dir, "run")
-	c.Driver = "qemu" // which works on every machine; auto first finds out what works best
-	if driver := os.Getenv(driverVar); driver != "" {
-		c.Driver = driver
-	}
+	c.Driver = Driver()
 	c.Guest = Guest()
 	c.CNI.ConfDir = filepath.Join(dir, "cni")
 	c.CNI.BinDirs = []string{"/opt/cni/bin", "/usr/lib/cni"}
 	c.Log.Level = "debug"
 	WriteCNI(t, c.CNI.ConfDir, filepath.Join(dir, "ipam"))
 	return c
+}
+
+// Driver is the driver under test: QEMU, which works on every machine, unless the environment names
+// another.
+func Driver() string {
+	if driver := os.Getenv(driverVar); driver != "" {
+		return driver
+	}
+	return "qemu"
 }
 
 // subnet numbers the bridges of one suite; each has a subnet of its own.

@@ -1,7 +1,8 @@
-package main
+package measure
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"runtime"
@@ -10,45 +11,65 @@ import (
 	"text/tabwriter"
 )
 
-// report is what one run found.
-type report struct {
+// Report is what one run found.
+type Report struct {
 	Machine  string    `json:"machine"`
 	Runs     int       `json:"runs"`
-	Runtimes []figures `json:"runtimes"`
+	Runtimes []Figures `json:"runtimes"`
 }
 
-type figures struct {
+// Figures are those of one runtime, by name.
+type Figures struct {
 	Name    string            `json:"name"`
 	Version string            `json:"version"`
-	Figures map[string]figure `json:"figures"`
+	Figures map[string]Figure `json:"figures"`
 }
 
-// figure is seconds, bytes or a number, as its name says.
-type figure struct {
+// Figure is seconds, bytes or a number, as its name says.
+type Figure struct {
 	P50 float64 `json:"p50"`
 	P95 float64 `json:"p95"`
 	N   int     `json:"n"`
-	// Ratio is P50 over that of the first runtime of the run.
+	// Ratio is P50 over that of the first runtime of the run; 0 where that has none.
 	Ratio float64 `json:"ratio"`
 }
 
-// rows is the order of the table.
+// rows is the order of the table; what begins with "phase " comes after these.
 var rows = []string{
-	"RunPodSandbox", "CreateContainer", "StartContainer", "ExecSync", "Stop+Remove", "pss", "processes",
-	"idle: start", "idle: first", "idle: last", "idle: pss per pod", "idle: memory taken per pod",
+	"boot alone", "RunPodSandbox", "CreateContainer", "StartContainer", "pod running", "ExecSync", "Stop+Remove", "pss", "processes",
+	"idle: start", "idle: first", "idle: last", "idle: pss per pod", "idle: memory taken per pod", "own time",
 }
 
-func newReport(all []*subject) report {
-	r := report{Machine: machine(), Runs: all[0].runs}
+// named are the rows that any of the runtimes has figures for.
+func (r Report) named() []string {
+	have := map[string]bool{}
+	for _, f := range r.Runtimes {
+		for name := range f.Figures {
+			have[name] = true
+		}
+	}
+	all := slices.DeleteFunc(slices.Clone(rows), func(name string) bool { return !have[name] })
+	for _, name := range slices.Sorted(maps.Keys(have)) {
+		if strings.HasPrefix(name, "phase ") {
+			all = append(all, name)
+		}
+	}
+	return all
+}
+
+func newReport(all []*subject) Report {
+	r := Report{Machine: machine(), Runs: all[0].Runs}
 	for i, s := range all {
 		if starts := s.samples["idle: start"]; len(starts) > 0 {
 			s.samples["idle: first"], s.samples["idle: last"] = starts[:1], starts[len(starts)-1:]
 		}
-		f := figures{s.name, s.version, map[string]figure{}}
+		f := Figures{s.Name, s.version, map[string]Figure{}}
 		for name, values := range s.samples {
-			fig := figure{P50: quantile(values, 0.5), P95: quantile(values, 0.95), N: len(values), Ratio: 1}
-			if i > 0 {
-				fig.Ratio = fig.P50 / r.Runtimes[0].Figures[name].P50
+			fig := Figure{P50: quantile(values, 0.5), P95: quantile(values, 0.95), N: len(values)}
+			if i == 0 {
+				fig.Ratio = 1
+			} else if first, ok := r.Runtimes[0].Figures[name]; ok && first.P50 > 0 {
+				fig.Ratio = fig.P50 / first.P50
 			}
 			f.Figures[name] = fig
 		}
@@ -63,7 +84,8 @@ func quantile(values []float64, q float64) float64 {
 	return sorted[max(0, int(math.Ceil(q*float64(len(sorted))))-1)]
 }
 
-func (r report) String() string {
+// String is a table.
+func (r Report) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s; %d pods each, alternating\n", r.Machine, r.Runs)
 	for _, f := range r.Runtimes {
@@ -78,16 +100,20 @@ func (r report) String() string {
 		}
 	}
 	fmt.Fprintln(w)
-	for _, name := range rows {
-		if _, ok := r.Runtimes[0].Figures[name]; !ok {
-			continue
-		}
+	for _, name := range r.named() {
 		fmt.Fprintf(w, "%s\t", name)
 		for i, f := range r.Runtimes {
-			fig := f.Figures[name]
-			fmt.Fprintf(w, "%s\t%s\t", show(name, fig.P50), show(name, fig.P95))
-			if i > 0 {
+			fig, ok := f.Figures[name]
+			if !ok {
+				fmt.Fprint(w, "\t\t")
+			} else {
+				fmt.Fprintf(w, "%s\t%s\t", show(name, fig.P50), show(name, fig.P95))
+			}
+			switch {
+			case i > 0 && fig.Ratio > 0:
 				fmt.Fprintf(w, "%.2fx\t", fig.Ratio)
+			case i > 0:
+				fmt.Fprint(w, "\t")
 			}
 		}
 		fmt.Fprintln(w)

@@ -1,4 +1,4 @@
-package main
+package measure
 
 import (
 	"os/exec"
@@ -24,8 +24,8 @@ func TestQuantile(t *testing.T) {
 }
 
 func TestReportComparesToTheFirst(t *testing.T) {
-	one := &subject{endpoint: endpoint{name: "one"}, options: options{runs: 2}, samples: samples{"RunPodSandbox": {2, 2}, "pss": {10 << 20}}}
-	two := &subject{endpoint: endpoint{name: "two"}, samples: samples{"RunPodSandbox": {1, 1}, "pss": {40 << 20}}}
+	one := &subject{Endpoint: Endpoint{Name: "one"}, Options: Options{Runs: 2}, samples: samples{"RunPodSandbox": {2, 2}, "pss": {10 << 20}}}
+	two := &subject{Endpoint: Endpoint{Name: "two"}, samples: samples{"RunPodSandbox": {1, 1}, "pss": {40 << 20}}}
 	text := newReport([]*subject{one, two}).String()
 	for _, want := range []string{"2000 ms", "0.50x", "40.0 MiB", "4.00x"} {
 		if !strings.Contains(text, want) {
@@ -53,11 +53,18 @@ func TestWeighFindsByCommandLine(t *testing.T) {
 }
 
 func TestEndpoint(t *testing.T) {
-	e, err := parseEndpoint("kata=unix:///run/c.sock+kata")
-	if err != nil || e != (endpoint{"kata", "unix:///run/c.sock", "kata"}) {
+	e, err := ParseEndpoint("kata=unix:///run/c.sock+kata")
+	if err != nil || e.Name != "kata" || e.Address != "unix:///run/c.sock" || e.Handler != "kata" {
 		t.Fatalf("got %+v, %v", e, err)
 	}
-	if _, err := parseEndpoint("unix:///run/c.sock"); err == nil {
+	if _, err := ParseEndpoint("unix:///run/c.sock"); err == nil {
 		t.Fatal("took an endpoint without a name")
+	}
+}
+
+func TestCovered(t *testing.T) {
+	phases := []phase{{"vm", 0, 10}, {"network", 5, 10}, {"disk", 15, 100}, {"guest", 20, 5}, {"guest", 21, 1}}
+	if got := covered(phases, []string{"vm", "network", "guest"}); got != 20 {
+		t.Errorf("got %v ms, want 20", got)
 	}
 }

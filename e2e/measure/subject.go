@@ -1,4 +1,4 @@
-package main
+package measure
 
 import (
 	"context"
@@ -14,8 +14,8 @@ import (
 
 // subject is one runtime under measurement.
 type subject struct {
-	endpoint
-	options
+	Endpoint
+	Options
 	version string
 	conn    *grpc.ClientConn
 	runtime cri.RuntimeServiceClient
@@ -26,15 +26,15 @@ type subject struct {
 // samples are the figures by name: seconds of a call, bytes of memory, numbers of processes.
 type samples map[string][]float64
 
-func connect(ctx context.Context, e endpoint, o options) (*subject, error) {
-	conn, err := grpc.NewClient(e.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+func connect(ctx context.Context, e Endpoint, o Options) (*subject, error) {
+	conn, err := grpc.NewClient(e.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", e.name, err)
+		return nil, fmt.Errorf("%s: %w", e.Name, err)
 	}
-	s := &subject{endpoint: e, options: o, conn: conn, runtime: cri.NewRuntimeServiceClient(conn), samples: samples{}}
+	s := &subject{Endpoint: e, Options: o, conn: conn, runtime: cri.NewRuntimeServiceClient(conn), samples: samples{}}
 	if err := s.prepare(ctx); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("%s at %s: %w", e.name, e.address, err)
+		return nil, fmt.Errorf("%s at %s: %w", e.Name, e.Address, err)
 	}
 	return s, nil
 }
@@ -48,7 +48,7 @@ func (s *subject) prepare(ctx context.Context) error {
 	}
 	s.version = v.RuntimeName + " " + v.RuntimeVersion
 	images := cri.NewImageServiceClient(s.conn)
-	p, err := images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: s.image}})
+	p, err := images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: s.Image}})
 	if err != nil {
 		return err
 	}
@@ -61,7 +61,7 @@ func (s *subject) podConfig() *cri.PodSandboxConfig {
 	return &cri.PodSandboxConfig{
 		Metadata:     &cri.PodSandboxMetadata{Name: "bench-" + id[:8], Namespace: "bench", Uid: id},
 		LogDirectory: os.TempDir(),
-		Linux: &cri.LinuxPodSandboxConfig{CgroupParent: s.parent, SecurityContext: &cri.LinuxSandboxSecurityContext{
+		Linux: &cri.LinuxPodSandboxConfig{CgroupParent: s.CgroupParent, SecurityContext: &cri.LinuxSandboxSecurityContext{
 			NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER},
 		}},
 	}
@@ -76,7 +76,7 @@ func (s *subject) timed(ctx context.Context, count bool, name string, call func(
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	if count {
-		s.samples[name] = append(s.samples[name], time.Since(start).Seconds())
+		s.add(name, time.Since(start).Seconds())
 	}
 	return nil
 }
@@ -89,13 +89,20 @@ func (s *subject) cycle(ctx context.Context, count bool) (err error) {
 			p.remove(context.WithoutCancel(ctx), false)
 		}
 	}()
-	for _, step := range []func(context.Context, bool) error{p.run, p.create, p.start, p.exec, p.weigh, p.remove} {
+	for _, step := range []func(context.Context, bool) error{p.boot, p.run, p.phases, p.create, p.start, p.exec, p.weigh, p.remove} {
 		if err := step(ctx, count); err != nil {
 			return err
 		}
 	}
+	if count {
+		s.add("pod running", s.last("RunPodSandbox")+s.last("CreateContainer")+s.last("StartContainer"))
+	}
 	return nil
 }
+
+func (s *subject) add(name string, v float64) { s.samples[name] = append(s.samples[name], v) }
+
+func (s *subject) last(name string) float64 { return s.samples[name][len(s.samples[name])-1] }
 
 // density starts n idle pods beside one another and weighs them together.
 func (s *subject) density(ctx context.Context, n int) error {
@@ -115,7 +122,7 @@ func (s *subject) density(ctx context.Context, n int) error {
 		if err := p.run(ctx, false); err != nil {
 			return fmt.Errorf("idle pod %d: %w", i+1, err)
 		}
-		s.samples["idle: start"] = append(s.samples["idle: start"], time.Since(start).Seconds())
+		s.add("idle: start", time.Since(start).Seconds())
 	}
 	var pss float64
 	for _, p := range pods {
@@ -137,9 +144,16 @@ type pod struct {
 	id, container string
 }
 
+func (p *pod) boot(ctx context.Context, count bool) error {
+	if p.Boot == nil {
+		return nil
+	}
+	return p.timed(ctx, count, "boot alone", p.Boot)
+}
+
 func (p *pod) run(ctx context.Context, count bool) error {
 	return p.timed(ctx, count, "RunPodSandbox", func(ctx context.Context) error {
-		r, err := p.runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: p.config, RuntimeHandler: p.handler})
+		r, err := p.runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: p.config, RuntimeHandler: p.Handler})
 		if err != nil {
 			return err
 		}
@@ -189,8 +203,8 @@ func (p *pod) exec(ctx context.Context, count bool) error {
 func (p *pod) weigh(_ context.Context, count bool) error {
 	w, err := weigh(p.id)
 	if err == nil && count {
-		p.samples["pss"] = append(p.samples["pss"], w.pss)
-		p.samples["processes"] = append(p.samples["processes"], w.processes)
+		p.add("pss", w.pss)
+		p.add("processes", w.processes)
 	}
 	return err
 }

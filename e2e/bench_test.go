@@ -1,0 +1,107 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/caisson-vm/caisson/e2e/harness"
+	"github.com/caisson-vm/caisson/e2e/images"
+	"github.com/caisson-vm/caisson/e2e/measure"
+	"github.com/caisson-vm/caisson/podvm/guestimage"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/cloudhv"
+	"github.com/caisson-vm/caisson/podvm/vmm/qemu"
+)
+
+// jsonVar names a file for the figures; idleVar is a number of idle pods.
+const (
+	jsonVar = "CAISSON_BENCH_JSON"
+	idleVar = "CAISSON_BENCH_IDLE"
+)
+
+// BenchmarkPods measures a daemon whose pods are clones beside one whose pods boot, and beside the
+// bare boot of their guest. The number of iterations is the number of pods.
+func BenchmarkPods(b *testing.B) {
+	o := measure.Options{Runs: b.N, Image: images.Busybox}
+	fmt.Sscan(os.Getenv(idleVar), &o.Idle)
+	for _, kind := range []struct{ name, template string }{{"boot", "pod"}, {"clone", "node"}} {
+		d := harness.Start(b, func(c *harness.Config) { c.VM.Template = kind.template })
+		d.Pull(images.Busybox)
+		d.RunPod().Remove() // its template is there now
+		e := measure.Endpoint{Name: kind.name, Address: "unix://" + d.Config.Listen}
+		if kind.template == "pod" {
+			driver := driverOf(b, d)
+			e.Boot = func(ctx context.Context) error { return bareBoot(ctx, b, driver) }
+		}
+		o.Endpoints = append(o.Endpoints, e)
+	}
+	b.ResetTimer()
+	report, err := measure.Run(b.Context(), o)
+	b.StopTimer()
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Logf("\n%s", report)
+	if file := os.Getenv(jsonVar); file != "" {
+		data, err := json.MarshalIndent(report, "", "  ")
+		if err := errors.Join(err, os.WriteFile(file, data, 0o644)); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// driverOf is the driver that a daemon uses.
+func driverOf(b *testing.B, d *harness.Daemon) vmm.Driver {
+	status, err := d.Runtime().Status(b.Context(), &cri.StatusRequest{Verbose: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	var driver vmm.Driver
+	accel := qemu.TCG
+	switch name := status.Info["driver"]; {
+	case strings.Contains(name, cloudhv.Name):
+		driver, err = cloudhv.New(b.Context(), cloudhv.Name)
+	case strings.Contains(status.Info["driverVersion"], string(qemu.KVM)):
+		accel = qemu.KVM
+		fallthrough
+	default:
+		driver, err = qemu.New(b.Context(), "qemu-system-x86_64", accel)
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	return driver
+}
+
+// bareBoot boots the guest with nothing of a pod, waits for its agent and ends it.
+func bareBoot(ctx context.Context, b *testing.B, d vmm.Driver) (err error) {
+	g, err := guestimage.Open(harness.Guest())
+	if err != nil {
+		return err
+	}
+	size := vmm.Size{CPUs: 1, Memory: 256 << 20}
+	v, err := d.Launch(ctx, vmm.Config{
+		ID: "bare", Dir: harness.Scratch(b), Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: size,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		err = errors.Join(err, v.Kill(ctx))
+	}()
+	conn, err := v.Dial(ctx, vmm.AgentPort)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
