@@ -66,9 +66,8 @@ e2e:
 e2e-node: deps
 	@command -v cloud-hypervisor >/dev/null || { echo "e2e-node: nothing is tested: there is no cloud-hypervisor in PATH; put a release of it there"; exit 1; }
 	@$(MAKE) --no-print-directory build guest prepare kubelet
-	go run $(GOFLAGS) ./e2e/node suite -test.v
-	go run $(GOFLAGS) ./e2e/node kubelet -test.v
-	go run $(GOFLAGS) ./e2e/node down
+	@status=0; for what in suite kubelet; do go run $(GOFLAGS) ./e2e/node $$what -test.v || status=1; done; \
+	go run $(GOFLAGS) ./e2e/node down; exit $$status
 
 # The kubelet for the emulated node. Takes minutes.
 kubelet:

@@ -85,8 +85,9 @@ func probeQEMU(ctx context.Context, c Config, g guestimage.Files) error {
 	return probe(ctx, c, g, q, q.Version())
 }
 
-// probeLimit bounds the boot of a probe: one without hardware virtualization below KVM can hang.
-const probeLimit = 60 * time.Second
+// probeLimit bounds the boot of a probe: one without hardware virtualization below KVM can hang. On
+// a busy machine where KVM itself is nested in an emulation, a boot takes half a minute.
+const probeLimit = 2 * time.Minute
 
 // result is a probe's, kept for as long as the machine runs.
 type result struct{ Boot, Error string }

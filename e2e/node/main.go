@@ -9,6 +9,7 @@
 //	node put FILE... DIR    copy files into it
 //	node get FILE... DIR    copy files out of it
 //	node suite [ARG...]     run the end-to-end tests in it; the arguments are the test program's
+//	node kubelet [ARG...]   run the tests with a kubelet in it, likewise
 //	node log                print its console
 //	node down               power it off
 //
@@ -43,7 +44,7 @@ func main() {
 	err := n.do(ctx, flag.Args())
 	var exit *exec.ExitError
 	switch {
-	case errors.As(err, &exit) && (flag.Arg(0) == "run" || flag.Arg(0) == "suite"):
+	case errors.As(err, &exit) && flag.Arg(0) == "run":
 		os.Exit(exit.ExitCode())
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "node:", err)
@@ -52,7 +53,7 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "node [flags] build | up | run CMD... | put FILE... DIR | get FILE... DIR | suite [ARG...] | log | down")
+	fmt.Fprintln(os.Stderr, "node [flags] build | up | run CMD... | put FILE... DIR | get FILE... DIR | suite [ARG...] | kubelet [ARG...] | log | down")
 	flag.PrintDefaults()
 }
 
@@ -82,7 +83,9 @@ func (n *node) do(ctx context.Context, args []string) error {
 	case "get":
 		return n.copy(ctx, rest, remote, "")
 	case "suite":
-		return n.suite(ctx, rest)
+		return n.suite(ctx, endToEnd, rest)
+	case "kubelet":
+		return n.suite(ctx, kubelet, rest)
 	case "log":
 		return n.log()
 	case "down":

@@ -6,45 +6,151 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 )
 
 // inNode is the folder in the node that is like the module's here.
 const inNode = "/caisson"
 
-// suite runs the end-to-end tests in the node, with Cloud Hypervisor on the node's KVM. What they
-// need is built here and copied. Arguments are the test program's.
-func (n *node) suite(ctx context.Context, args []string) error {
+// program is a package's test program, and the files it needs in the node at the same place as here.
+type program struct {
+	pkg   string
+	files []string
+}
+
+var (
+	endToEnd = program{"e2e", []string{"go.mod", "bin", "build/guest", "build/images", "build/tools/crictl"}}
+	kubelet  = program{"e2e/kubelet", append([]string{"deploy", "build/tools/kubelet"}, endToEnd.files...)}
+)
+
+// suite runs a test program in the node, with Cloud Hypervisor on the node's KVM. It is built here
+// and copied. Arguments are the test program's.
+//
+// Emulated nested virtualization freezes or panics now and then, for reasons of its own: then the
+// node is started anew and the test is repeated. So each test runs by itself, unless the
+// arguments choose some.
+func (n *node) suite(ctx context.Context, p program, args []string) error {
 	vmm, err := exec.LookPath("cloud-hypervisor")
 	if err != nil {
 		return errors.New("skipped all tests with Cloud Hypervisor: there is no cloud-hypervisor in PATH; put a release of it there")
 	}
-	if err := n.up(ctx); err != nil {
-		return err
-	}
-	test := n.path("e2e.test")
-	build := exec.CommandContext(ctx, "go", "test", "-c", "-tags=containers_image_openpgp", "-o", test, "./e2e")
+	name := strings.ReplaceAll(p.pkg, "/", "-") + ".test"
+	build := exec.CommandContext(ctx, "go", "test", "-c", "-tags=containers_image_openpgp", "-o", n.path(name), "./"+p.pkg)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build the tests: %w\n%s", err, out)
 	}
-	if err := n.ssh(ctx, "rm -rf "+inNode+"; mkdir -p "+inNode+"/build "+inNode+"/e2e").Run(); err != nil {
-		return fmt.Errorf("prepare %s in the node: %w", inNode, err)
+	p.files = append(slices.Clone(p.files), n.path(name), vmm)
+	if err := n.prepare(ctx, p); err != nil {
+		return err
 	}
-	for to, from := range map[string][]string{
-		inNode:            {"bin", "go.mod"},
-		inNode + "/build": {"build/guest", "build/images", "build/tools"},
-		inNode + "/e2e":   {test},
-		"/usr/local/bin":  {vmm},
-	} {
-		if err := n.copy(ctx, append(from, to), "", remote); err != nil {
+	tests := []string{""}
+	if !slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "-test.run") }) {
+		if tests, err = n.testNames(ctx, p, name); err != nil {
 			return err
 		}
 	}
-	command := []string{"cd", inNode + "/e2e", "&&", "CAISSON_E2E_DRIVER=cloud-hypervisor", "./" + filepath.Base(test)}
-	for _, arg := range args {
-		command = append(command, "'"+strings.ReplaceAll(arg, "'", `'\''`)+"'")
+	var failed []string
+	for _, test := range tests {
+		run := args
+		if test != "" {
+			run = append(slices.Clone(args), "-test.run=^"+test+"$")
+		}
+		var exit *exec.ExitError
+		err := n.persist(ctx, p, append([]string{"./" + name}, run...))
+		if err != nil && (ctx.Err() != nil || !errors.As(err, &exit)) {
+			return err
+		}
+		if err != nil {
+			failed = append(failed, strings.TrimSpace(test+" ("+err.Error()+")"))
+		}
 	}
-	return n.run(ctx, command)
+	if len(failed) > 0 {
+		return fmt.Errorf("of %d tests of ./%s failed: %s", len(tests), p.pkg, strings.Join(failed, ", "))
+	}
+	return nil
+}
+
+// testNames are the tests of a program, which tells them itself.
+func (n *node) testNames(ctx context.Context, p program, name string) ([]string, error) {
+	out, err := n.ssh(ctx, "cd "+path.Join(inNode, p.pkg)+" && ./"+name+" -test.list .").Output()
+	if err != nil {
+		return nil, fmt.Errorf("list the tests of ./%s: %w: %s", p.pkg, err, out)
+	}
+	return slices.DeleteFunc(strings.Fields(string(out)), func(word string) bool { return !strings.HasPrefix(word, "Test") }), nil
+}
+
+// attempts is how often a test is run when the node freezes under it.
+const attempts = 3
+
+// sshFailed is the status with which ssh ends when the node is what failed, and not the command.
+const sshFailed = 255
+
+// persist runs a command of the suite, and again in a fresh node when the node has frozen.
+func (n *node) persist(ctx context.Context, p program, command []string) error {
+	for i := 1; ; i++ {
+		err := n.inside(ctx, p, command)
+		var exit *exec.ExitError
+		frozen := errors.Is(err, context.DeadlineExceeded) || errors.As(err, &exit) && exit.ExitCode() == sshFailed
+		if !frozen || ctx.Err() != nil || i == attempts {
+			return err
+		}
+		fmt.Fprintf(os.Stderr, "node: it does not answer any more (%v): starting it anew, attempt %d of %d\n", err, i+1, attempts)
+		if err := errors.Join(n.down(ctx), n.prepare(ctx, p)); err != nil {
+			return err
+		}
+	}
+}
+
+// testLimit bounds one test program's run.
+const testLimit = 30 * time.Minute
+
+func (n *node) inside(ctx context.Context, p program, command []string) error {
+	limit := *n
+	if limit.limit == 0 {
+		limit.limit = testLimit
+	}
+	words := []string{"cd", path.Join(inNode, p.pkg), "&&", "CAISSON_E2E_DRIVER=cloud-hypervisor"}
+	for _, word := range command {
+		words = append(words, "'"+strings.ReplaceAll(word, "'", `'\''`)+"'")
+	}
+	return limit.run(ctx, words)
+}
+
+// prepare boots the node where it is down, takes away what an interrupted run has left, and copies
+// the program and its files.
+func (n *node) prepare(ctx context.Context, p program) error {
+	if err := n.up(ctx); err != nil {
+		return err
+	}
+	to := map[string][]string{}
+	for _, file := range p.files {
+		switch {
+		case filepath.Dir(file) == n.dir:
+			to[path.Join(inNode, p.pkg)] = append(to[path.Join(inNode, p.pkg)], file)
+		case filepath.IsAbs(file):
+			to["/usr/local/bin"] = append(to["/usr/local/bin"], file)
+		default:
+			dir := path.Join(inNode, path.Dir(file))
+			to[dir] = append(to[dir], file)
+		}
+	}
+	script := "systemctl -q stop kubelet caissond 2>/dev/null; rm -rf " + inNode +
+		" /etc/caisson /var/lib/caisson /var/lib/kubelet /usr/local/bin/caissond; mkdir -p"
+	for dir := range to {
+		script += " " + dir
+	}
+	if err := n.ssh(ctx, script).Run(); err != nil {
+		return fmt.Errorf("prepare %s in the node: %w", inNode, err)
+	}
+	for dir, files := range to {
+		if err := n.copy(ctx, append(files, dir), "", remote); err != nil {
+			return err
+		}
+	}
+	return n.ssh(ctx, "sync").Run() // a node that panics later must not have lost half of it
 }

@@ -31,7 +31,7 @@ func (n *node) up(ctx context.Context) error {
 		"-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max", "-smp", strconv.Itoa(n.cpus), "-m", strconv.Itoa(n.memory), "-M", "q35",
 		"-display", "none", "-monitor", "none", "-no-reboot", "-serial", "file:"+n.path("console.log"), "-pidfile", n.path("pid"),
 		"-kernel", n.path("vmlinuz"), "-initrd", n.path("initrd"),
-		"-append", "console=ttyS0 root=/dev/vda rw mitigations=off nokaslr audit=0 panic=1 systemd.show_status=0 systemd.unified_cgroup_hierarchy=1",
+		"-append", "console=ttyS0 root=/dev/vda rw mitigations=off nokaslr audit=0 panic=1 softlockup_panic=1 watchdog_thresh=60 systemd.show_status=0 systemd.unified_cgroup_hierarchy=1",
 		"-drive", "file="+n.path("disk")+",if=none,id=root,format=raw,cache=unsafe,discard=unmap", "-device", "virtio-blk-pci,drive=root",
 		"-netdev", fmt.Sprintf("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:%d-:22", n.port), "-device", "virtio-net-pci,netdev=net",
 		"-device", "virtio-rng-pci")

@@ -1,0 +1,343 @@
+// Package kubelet drives a real kubelet whose runtime is Caisson, both as systemd units on a machine
+// that is theirs: the emulated node (make e2e-node). The kubelet has no cluster; its pods are static.
+package kubelet
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caisson-vm/caisson/e2e/harness"
+	"github.com/caisson-vm/caisson/e2e/images"
+)
+
+// TestKubelet is one story: each part finds the pods that those before it have left.
+func TestKubelet(t *testing.T) {
+	m := newMachine(t)
+	for _, part := range []struct {
+		name string
+		run  func(*machine, *testing.T)
+	}{
+		{"Start", (*machine).testStart},
+		{"Pod", (*machine).testPod},
+		{"Size", (*machine).testSize},
+		{"Stats", (*machine).testStats},
+		{"Probes", (*machine).testProbes},
+		{"CrashLoop", (*machine).testCrashLoop},
+		{"KubeletRestart", (*machine).testKubeletRestart},
+		{"DaemonRestart", (*machine).testDaemonRestart},
+		{"Logs", (*machine).testLogs},
+		{"Deletion", (*machine).testDeletion},
+	} {
+		if !t.Run(part.name, func(t *testing.T) { part.run(m, t) }) {
+			return
+		}
+	}
+}
+
+func (m *machine) testStart(t *testing.T) {
+	begin := time.Now()
+	m.start(t, "caissond.service")
+	t.Logf("%6.1f s: the daemon is ready", time.Since(begin).Seconds())
+	m.start(t, "kubelet.service")
+	eventually(t, "the kubelet is healthy and has its list of pods", func() error {
+		if _, err := call("GET", "/healthz"); err != nil {
+			return err
+		}
+		_, err := pods()
+		return err
+	})
+	t.Logf("Caisson runs VMs with %s", crictl(t, "info", "--output", "go-template", "--template", "{{.driver}} {{.driverVersion}}"))
+}
+
+// pair is a pod of two containers that share an emptyDir, which an init container has filled.
+var pair = `apiVersion: v1
+kind: Pod
+metadata:
+  name: pair
+  labels: {app: pair}
+spec:
+  terminationGracePeriodSeconds: 5
+  volumes:
+  - {name: shared, emptyDir: {}}
+  - name: about
+    downwardAPI: {items: [{path: labels, fieldRef: {fieldPath: metadata.labels}}]}
+  initContainers:
+  - name: first
+    image: ` + images.Busybox + `
+    command: [sh, -c, 'echo from the first > /shared/index.html; cat /about/labels']
+    resources: {requests: {cpu: 10m, memory: 16Mi}, limits: {cpu: 100m, memory: 64Mi}}
+    volumeMounts: [{name: shared, mountPath: /shared}, {name: about, mountPath: /about}]
+  containers:
+  - name: web
+    image: ` + images.Busybox + `
+    command: [sh, -c, 'echo serving; exec httpd -f -p 8080 -h /shared']
+    livenessProbe: {httpGet: {path: /index.html, port: 8080}, periodSeconds: 3, timeoutSeconds: 20, failureThreshold: 2}
+    resources: {requests: {cpu: 50m, memory: 32Mi}, limits: {cpu: "1", memory: 256Mi}}
+    volumeMounts: [{name: shared, mountPath: /shared}]
+  - name: worker
+    image: ` + images.Busybox + `
+    command: [sh, -c, 'touch /shared/ready; i=0; while :; do i=$((i+1)); echo $i; sleep 0.5; done']
+    readinessProbe: {exec: {command: [cat, /shared/ready]}, periodSeconds: 3, timeoutSeconds: 20}
+    resources: {requests: {cpu: 50m, memory: 32Mi}, limits: {cpu: 500m, memory: 512Mi}}
+    volumeMounts: [{name: shared, mountPath: /shared}]
+`
+
+func (m *machine) testPod(t *testing.T) {
+	m.apply(t, "pair", pair)
+	p := m.await(t, "a pod with an init container and probes is ready", "pair", ready)
+	first := p.container("first").State.Terminated
+	if first == nil || first.ExitCode != 0 || first.Reason != "Completed" {
+		t.Errorf("the init container: %+v", p.container("first"))
+	}
+	for _, c := range []struct{ container, command, want string }{
+		{"web", "cat /shared/index.html", "from the first\n"},
+		{"worker", "wget -qO- http://127.0.0.1:8080/", "from the first\n"},
+		{"worker", "wget -qO- http://" + p.Status.PodIP + ":8080/", "from the first\n"},
+		{"worker", "cat /etc/resolv.conf", "nameserver " + nameserver},
+		{"worker", "cat /etc/hosts", p.Status.PodIP},
+		{"worker", "hostname", "pair-" + m.name},
+	} {
+		if out, err := m.run("pair", c.container, c.command); err != nil || !strings.Contains(out, c.want) {
+			t.Errorf("%s in %s: %q, %v; want %q", c.command, c.container, out, err, c.want)
+		}
+	}
+	for container, want := range map[string]string{"first": "app=\"pair\"", "web": "serving"} {
+		if text, err := os.ReadFile(p.logFile(container)); err != nil || !strings.Contains(string(text), want) {
+			t.Errorf("log of %s: %q, %v; want %q", container, text, err, want)
+		}
+	}
+	if text, err := call("GET", "/containerLogs/default/pair-"+m.name+"/web"); err != nil || string(text) != "serving\n" {
+		t.Errorf("log by the kubelet: %q, %v", text, err)
+	}
+}
+
+// testSize compares the containers' limits (1 and 0.5 CPUs, 256 and 512 MiB) with the VM's size and
+// with the limits of the pod's cgroup, in which the VMM must be.
+func (m *machine) testSize(t *testing.T) {
+	p := m.await(t, "the pod is still ready", "pair", ready)
+	out, err := m.run("pair", "worker", "cat /proc/cpuinfo")
+	if cpus := strings.Count(out, "processor\t"); err != nil || cpus != 2 {
+		t.Errorf("%d CPUs in the VM, %v; want 2", cpus, err)
+	}
+	out, err = m.run("pair", "worker", "cat /proc/meminfo")
+	var total int
+	fmt.Sscanf(out, "MemTotal: %d kB", &total)
+	if mib := total >> 10; err != nil || mib < 700 || mib > 1024 {
+		t.Errorf("%d MiB in the VM, %v; want 768 and a little more", mib, err)
+	}
+	group := cgroup(p)
+	for file, want := range map[string]string{"memory.max": strconv.Itoa(768 << 20), "cpu.max": "150000 100000"} {
+		if text, err := os.ReadFile(filepath.Join(group, file)); err != nil || strings.TrimSpace(string(text)) != want {
+			t.Errorf("%s of the pod's cgroup: %q, %v; want %s", file, text, err, want)
+		}
+	}
+	if vmm := vmms(t, group); len(vmm) != 1 {
+		t.Errorf("VMMs in the pod's cgroup: %v", vmm)
+	}
+}
+
+// cgroup is where the kubelet has a burstable pod.
+func cgroup(p pod) string {
+	uid := strings.ReplaceAll(p.Metadata.UID, "-", "_")
+	return filepath.Join(kubeCgroup, "kubepods-burstable.slice", "kubepods-burstable-pod"+uid+".slice")
+}
+
+// vmms are the processes in cgroups below one.
+func vmms(t *testing.T, group string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(group, "*", "cgroup.procs"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, strings.Fields(string(text))...)
+	}
+	return found
+}
+
+func (m *machine) testProbes(t *testing.T) {
+	if _, err := m.run("pair", "worker", "rm /shared/ready"); err != nil {
+		t.Fatal(err)
+	}
+	m.await(t, "the exec probe fails: not ready", "pair", func(p pod) bool { return !p.container("worker").Ready && !ready(p) })
+	if _, err := m.run("pair", "worker", "touch /shared/ready"); err != nil {
+		t.Fatal(err)
+	}
+	p := m.await(t, "the exec probe succeeds: ready again", "pair", ready)
+	if n := p.container("worker").RestartCount; n != 0 {
+		t.Errorf("a readiness probe has restarted the container %d times", n)
+	}
+	if _, err := m.run("pair", "web", "mv /shared/index.html /shared/away.html"); err != nil {
+		t.Fatal(err)
+	}
+	m.await(t, "the http probe fails: the container is restarted", "pair", func(p pod) bool { return p.container("web").RestartCount > 0 })
+	// It is restarted as often as the probe fails: the file comes back by the other container.
+	if _, err := m.run("pair", "worker", "mv /shared/away.html /shared/index.html"); err != nil {
+		t.Fatal(err)
+	}
+	p = m.await(t, "the pod is ready again", "pair", ready)
+	if last := p.container("web").LastState.Terminated; last == nil || last.ExitCode == 0 {
+		t.Errorf("the end of the container that was not alive: %+v", last)
+	}
+}
+
+var crash = `apiVersion: v1
+kind: Pod
+metadata: {name: crash}
+spec:
+  containers:
+  - name: crash
+    image: ` + images.Busybox + `
+    command: [sh, -c, 'echo attempt; echo out of luck > /dev/termination-log; exit 3']
+`
+
+func (m *machine) testCrashLoop(t *testing.T) {
+	m.apply(t, "crash", crash)
+	m.await(t, "it has crashed twice and waits", "crash", func(p pod) bool {
+		c := p.container("crash")
+		return c.RestartCount == 1 && c.State.Waiting != nil && c.State.Waiting.Reason == "CrashLoopBackOff"
+	})
+	p := m.await(t, "it has crashed once more", "crash", func(p pod) bool {
+		c := p.container("crash")
+		return c.RestartCount == 2 && c.State.Running == nil && c.LastState.Terminated != nil
+	})
+	end := p.container("crash").LastState.Terminated
+	if now := p.container("crash").State.Terminated; now != nil {
+		end = now
+	}
+	if end.ExitCode != 3 || end.Reason != "Error" || end.Message != "out of luck\n" {
+		t.Errorf("its end: %+v", *end)
+	}
+	m.remove(t, "crash")
+}
+
+// testKubeletRestart and testDaemonRestart: a restart of the one or the other changes no container.
+func (m *machine) testKubeletRestart(t *testing.T) {
+	before := m.await(t, "the pod is ready", "pair", ready)
+	systemctl(t, "restart", "kubelet.service")
+	m.unchanged(t, before)
+}
+
+func (m *machine) testDaemonRestart(t *testing.T) {
+	before := m.await(t, "the pod is ready", "pair", ready)
+	pid := systemctl(t, "show", "--property=MainPID", "--value", "caissond.service")
+	systemctl(t, "kill", "--kill-whom=main", "--signal=KILL", "caissond.service")
+	eventually(t, "systemd has started the daemon again", func() error {
+		if now := systemctl(t, "show", "--property=MainPID", "--value", "caissond.service"); now == pid || now == "0" {
+			return fmt.Errorf("its process is %s, was %s", now, pid)
+		}
+		_, err := tryCrictl("version")
+		return err
+	})
+	m.unchanged(t, before)
+}
+
+// unchanged waits until the pod is ready and works, and compares its containers and VMM.
+func (m *machine) unchanged(t *testing.T, before pod) {
+	t.Helper()
+	vmm := vmms(t, cgroup(before))
+	p := m.await(t, "the pod is ready after the restart", "pair", ready)
+	for _, name := range []string{"first", "web", "worker"} {
+		if was, is := before.container(name), p.container(name); was.id() != is.id() || was.RestartCount != is.RestartCount {
+			t.Errorf("%s was %s, restarted %d times; now it is %s, %d times", name, was.id(), was.RestartCount, is.id(), is.RestartCount)
+		}
+	}
+	eventually(t, "a command runs in it", func() error {
+		out, err := m.run("pair", "worker", "cat /shared/index.html")
+		if err == nil && out != "from the first\n" {
+			err = fmt.Errorf("it says %q", out)
+		}
+		return err
+	})
+	if now := vmms(t, cgroup(p)); strings.Join(now, " ") != strings.Join(vmm, " ") {
+		t.Errorf("the VMM was %v, is %v", vmm, now)
+	}
+	// The exec probe has to go through the daemon: readiness follows it.
+	if _, err := m.run("pair", "worker", "rm /shared/ready"); err != nil {
+		t.Fatal(err)
+	}
+	m.await(t, "probes go on: not ready", "pair", func(p pod) bool { return !ready(p) })
+	if _, err := m.run("pair", "worker", "touch /shared/ready"); err != nil {
+		t.Fatal(err)
+	}
+	m.await(t, "probes go on: ready", "pair", ready)
+}
+
+// testLogs looks at a log through which kubelet and daemon were restarted: no line is missing, none
+// is there twice.
+func (m *machine) testLogs(t *testing.T) {
+	p := m.await(t, "the pod is ready", "pair", ready)
+	lines, err := harness.ReadLog(p.logFile("worker"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, l := range lines {
+		if l.Text != strconv.Itoa(i+1) || l.Stream != "stdout" || l.Partial {
+			t.Fatalf("line %d of %d: %+v", i+1, len(lines), l)
+		}
+	}
+	t.Logf("%d lines, whole and in order", len(lines))
+}
+
+func (m *machine) testDeletion(t *testing.T) {
+	m.remove(t, "pair")
+	eventually(t, "nothing is left", func() error {
+		var left []string
+		for _, list := range [][]string{{"pods", "--quiet"}, {"ps", "--all", "--quiet"}} {
+			out, err := tryCrictl(list...)
+			if err != nil {
+				return err
+			}
+			left = append(left, strings.Fields(out)...)
+		}
+		for _, pattern := range []string{
+			kubeCgroup + "/*/kubepods-*pod*", kubeCgroup + "/kubepods-pod*", kubeletVar + "/pods/*", podLogs + "/*",
+			caissonVar + "/pods/*", caissonRun + "/netns/*", "/sys/class/net/veth*", "/sys/fs/cgroup/system.slice/caissond.service/*/",
+		} {
+			found, err := filepath.Glob(pattern)
+			if err != nil {
+				return err
+			}
+			left = append(left, found...)
+		}
+		if len(left) > 0 {
+			return fmt.Errorf("there is %s", strings.Join(left, ", "))
+		}
+		return nil
+	})
+	out, err := processes("cloud-hypervisor", "qemu-system-x86")
+	if err != nil || len(out) > 0 {
+		t.Errorf("VMMs that are left: %v, %v", out, err)
+	}
+}
+
+// processes are those of the names, as the kernel has them: 15 bytes.
+func processes(names ...string) ([]string, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/comm")
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		for _, name := range names {
+			if strings.TrimSpace(string(text)) == name[:min(15, len(name))] {
+				found = append(found, file)
+			}
+		}
+	}
+	return found, nil
+}
