@@ -71,7 +71,7 @@ e2e-node: deps
 
 # The kubelet for the emulated node. Takes minutes.
 kubelet:
-	cd e2e/kubelet/tool && GOFLAGS= go build -trimpath -ldflags '-s -w' -o ../../../build/tools/kubelet k8s.io/kubernetes/cmd/kubelet
+	cd e2e/kubelet/tool && GOFLAGS= go build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.37.2' -o ../../../build/tools/kubelet k8s.io/kubernetes/cmd/kubelet
 
 # Pods that are clones against pods that boot, PODS of each, IDLE more at once. With
 # BENCH='--endpoint NAME=unix:///SOCKET ...' the runtimes at these CRI sockets against one another.
