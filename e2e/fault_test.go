@@ -119,7 +119,7 @@ func none(t *testing.T, d *harness.Daemon) {
 	}
 }
 
-// vms are the processes of VMMs in the suite's PID namespace.
+// vms are the VMMs of pods in the suite's PID namespace.
 func vms(t *testing.T) []int {
 	t.Helper()
 	links, err := filepath.Glob("/proc/[0-9]*/exe")
@@ -130,6 +130,9 @@ func vms(t *testing.T) []int {
 	for _, link := range links {
 		exe, err := os.Readlink(link)
 		if err != nil || !strings.Contains(exe, "qemu-system") && !strings.Contains(exe, "cloud-hypervisor") {
+			continue
+		}
+		if dir, err := os.Readlink(filepath.Join(filepath.Dir(link), "cwd")); err != nil || strings.HasPrefix(filepath.Base(dir), "template-") {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))

@@ -201,6 +201,9 @@ func (d *node) close() {
 	if err := errors.Join(d.cri.Close(), d.pods.Close()); err != nil {
 		slog.Error("end", "err", err)
 	}
+	if d.templates != nil {
+		d.templates.Close()
+	}
 	d.images.Close()
 }
 

@@ -45,6 +45,9 @@ type Options struct {
 // Store makes and finds templates. Its methods may be called concurrently.
 type Store struct {
 	options Options
+	ctx     context.Context // that of the making of templates: ends with the store
+	cancel  context.CancelCauseFunc
+	making  sync.WaitGroup
 
 	mu      sync.Mutex
 	entries map[string]*entry // by scope
@@ -72,7 +75,16 @@ func New(o Options) (*Store, error) {
 		return nil, fmt.Errorf("templates: %w", err)
 	}
 	s := &Store{options: o, entries: map[string]*entry{}}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	return s, s.sweep()
+}
+
+var errClosed = errors.New("the daemon ends")
+
+// Close gives up templates that are being made and returns when nothing is left of them.
+func (s *Store) Close() {
+	s.cancel(errClosed)
+	s.making.Wait()
 }
 
 func (s *Store) sweep() error {
@@ -158,7 +170,7 @@ func (s *Store) entry(scope string) *entry {
 	}
 	e := &entry{ready: make(chan struct{})}
 	s.entries[scope] = e
-	go s.fill(e, scope)
+	s.making.Go(func() { s.fill(e, scope) })
 	return e
 }
 
@@ -178,7 +190,7 @@ func (e *entry) usable() bool {
 
 func (s *Store) fill(e *entry, scope string) {
 	defer close(e.ready)
-	ctx, cancel := context.WithTimeout(context.Background(), s.options.Limit)
+	ctx, cancel := context.WithTimeout(s.ctx, s.options.Limit)
 	defer cancel()
 	dir := filepath.Join(s.options.Dir, s.key(scope))
 	start := time.Now()

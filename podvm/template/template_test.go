@@ -20,6 +20,7 @@ import (
 type driver struct {
 	launched atomic.Int32
 	fail     error
+	boots    chan *machine // where set, guests never come up, and their VMs are sent here
 }
 
 func (d *driver) Name() string { return "files" }
@@ -32,17 +33,26 @@ func (d *driver) Launch(_ context.Context, c vmm.Config) (vmm.VM, error) {
 	if err := os.WriteFile(c.MemoryFile, []byte("memory"), 0o600); err != nil {
 		return nil, err
 	}
-	return &machine{}, os.Truncate(c.MemoryFile, 1<<20)
+	m := &machine{hangs: d.boots != nil}
+	if m.hangs {
+		d.boots <- m
+	}
+	return m, os.Truncate(c.MemoryFile, 1<<20)
 }
 
 func (d *driver) Attach(context.Context, vmm.Config) (vmm.VM, error) { return nil, vmm.ErrGone }
 
 type machine struct {
 	vmm.VM
+	hangs  bool
 	killed atomic.Bool
 }
 
-func (m *machine) Dial(context.Context, uint32) (net.Conn, error) {
+func (m *machine) Dial(ctx context.Context, _ uint32) (net.Conn, error) {
+	if m.hangs {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	host, _ := net.Pipe()
 	return host, nil
 }
@@ -176,6 +186,31 @@ func TestFailureLeavesNothingAndIsRemembered(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(o.Dir); len(left) > 0 {
 		t.Fatalf("left behind: %v", left)
+	}
+}
+
+func TestCloseEndsWhatIsMade(t *testing.T) {
+	d := &driver{boots: make(chan *machine, 1)}
+	o := options(t, d)
+	s := store(t, o)
+	failed := make(chan error, 1)
+	go func() {
+		_, err := s.Template(context.Background(), "")
+		failed <- err
+	}()
+	m := <-d.boots
+	s.Close()
+	if !m.killed.Load() {
+		t.Error("the VM lives on")
+	}
+	if err := <-failed; err == nil {
+		t.Error("there is a template")
+	}
+	for _, dir := range []string{o.Dir, o.Run} {
+		left, _ := filepath.Glob(filepath.Join(dir, "*"))
+		if len(left) > 0 && dir == o.Dir || len(left) > 1 {
+			t.Errorf("left behind: %v", left)
+		}
 	}
 }
 
