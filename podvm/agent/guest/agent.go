@@ -51,6 +51,7 @@ type Agent struct {
 	setup      *agent.SetupResponse
 	podID      string
 	scratch    string
+	quotas     *quotas
 	containers map[string]*container
 }
 

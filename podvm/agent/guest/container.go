@@ -30,6 +30,7 @@ type container struct {
 	// These are set by Create and not changed afterwards.
 	dir       string // of its bundle
 	layer     string // of its writable layer
+	project   uint32 // that counts the layer
 	process   *specs.Process
 	pidNS     *specs.LinuxNamespace
 	writeback []string
@@ -56,10 +57,11 @@ func (a *Agent) container(id string) (*container, error) {
 	return c, nil
 }
 
-func (a *Agent) scratchDir() string {
+// storage is where layers and volumes are, and what counts them.
+func (a *Agent) storage() (string, *quotas) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.scratch
+	return a.scratch, a.quotas
 }
 
 // lock takes the turn; the caller gives it back.

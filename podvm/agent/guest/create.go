@@ -126,10 +126,17 @@ func (c *container) mountRoot(ctx context.Context, r *agent.Rootfs) (string, err
 	}
 	c.undo.Push("release the image", func(context.Context) error { c.a.disks.release(r.ImageAddr); return nil })
 	c.dir = c.a.path("containers", c.id)
-	c.layer = filepath.Join(c.a.scratchDir(), "layers", c.id)
+	scratch, quotas := c.a.storage()
+	c.layer = filepath.Join(scratch, "layers", c.id)
 	c.undo.Push("delete the bundle", func(context.Context) error { return os.RemoveAll(c.dir) })
 	c.undo.Push("delete the layer", func(context.Context) error { return removeAll(c.layer) })
 	rootfs, upper, work := filepath.Join(c.dir, "rootfs"), filepath.Join(c.layer, "upper"), filepath.Join(c.layer, "work")
+	if err := os.MkdirAll(c.layer, 0o711); err != nil {
+		return "", err
+	}
+	if c.project, err = quotas.begin(c.layer); err != nil {
+		return "", err
+	}
 	for _, dir := range []string{rootfs, upper, work} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return "", err

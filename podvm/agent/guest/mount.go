@@ -68,7 +68,8 @@ func (m *mounting) source(ctx context.Context, req *agent.Mount) (string, error)
 		}
 		return a.files.put(ctx, s.Files)
 	case *agent.Mount_EmptyDir:
-		dir, err := a.vols.use(ctx, s.EmptyDir, a.scratchDir())
+		scratch, quotas := a.storage()
+		dir, err := a.vols.use(ctx, s.EmptyDir, scratch, quotas)
 		if err != nil {
 			return "", err
 		}

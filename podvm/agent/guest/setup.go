@@ -53,9 +53,12 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 			return nil, err
 		}
 	}
-	scratch := a.o.Root
+	scratch, quotas := a.o.Root, (*quotas)(nil)
 	if req.ScratchAddr != "" {
 		if scratch, err = a.mountScratch(ctx, req.ScratchAddr); err != nil {
+			return nil, err
+		}
+		if quotas, err = newQuotas(scratch); err != nil {
 			return nil, err
 		}
 	}
@@ -66,7 +69,7 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 	resp := &agent.SetupResponse{Kernel: unix.ByteSliceToString(u.Release[:]), Agent: a.o.Version, BootId: bootID}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.setup, a.podID, a.scratch = resp, req.PodId, scratch
+	a.setup, a.podID, a.scratch, a.quotas = resp, req.PodId, scratch, quotas
 	return resp, nil
 }
 

@@ -22,19 +22,20 @@ func (a *Agent) stats(ctx context.Context) (*agent.StatsResponse, error) {
 		resp.Pod = cgroupStats(podCgroup)
 	}
 	resp.MemoryTotal, resp.MemoryAvailable = memory()
+	_, quotas := a.storage()
 	for _, c := range a.living() {
 		s := &agent.ContainerStats{Id: c.id}
 		if !a.o.NoCgroups && c.now().State != agent.State_STATE_EXITED {
 			s.Cgroup = cgroupStats(c.cgroupDir())
 		}
 		var err error
-		if s.LayerBytes, s.LayerInodes, err = diskUsage(ctx, filepath.Join(c.layer, "upper")); err != nil {
+		if s.LayerBytes, s.LayerInodes, err = quotas.usage(ctx, c.project, c.layer); err != nil {
 			return nil, fmt.Errorf("size of the writable layer of %s: %w", c.id, err)
 		}
 		resp.Containers = append(resp.Containers, s)
 	}
 	for _, v := range a.vols.all() {
-		bytes, inodes, err := v.usage(ctx)
+		bytes, inodes, err := v.usage(ctx, quotas)
 		if err != nil {
 			return nil, fmt.Errorf("size of the volume %s: %w", v.name, err)
 		}
@@ -157,9 +158,9 @@ func netStats() ([]*agent.NetStats, error) {
 }
 
 // usage is what an emptyDir takes, in bytes.
-func (v volume) usage(ctx context.Context) (bytes, inodes uint64, err error) {
+func (v volume) usage(ctx context.Context, q *quotas) (bytes, inodes uint64, err error) {
 	if !v.memory {
-		return diskUsage(ctx, v.dir)
+		return q.usage(ctx, v.project, v.dir)
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(v.dir, &st); err != nil {

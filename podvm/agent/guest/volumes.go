@@ -25,6 +25,7 @@ type volumes struct {
 type volume struct {
 	name, dir string
 	memory    bool
+	project   uint32 // that counts it
 }
 
 func newVolumes(dir string) *volumes {
@@ -51,7 +52,7 @@ func (v *volumes) all() []volume {
 }
 
 // use returns the directory of an emptyDir, making it on first use, on scratch or in memory.
-func (v *volumes) use(ctx context.Context, e *agent.EmptyDir, scratch string) (string, error) {
+func (v *volumes) use(ctx context.Context, e *agent.EmptyDir, scratch string, q *quotas) (string, error) {
 	if e.Name == "" {
 		return "", fmt.Errorf("emptyDir without a name: %w", errdefs.ErrInvalidArgument)
 	}
@@ -70,6 +71,12 @@ func (v *volumes) use(ctx context.Context, e *agent.EmptyDir, scratch string) (s
 	}
 	if err := makeVolume(d, e); err != nil {
 		return "", fmt.Errorf("emptyDir %s: %w", e.Name, err)
+	}
+	if !e.Memory {
+		var err error
+		if d.project, err = q.begin(d.dir); err != nil {
+			return "", fmt.Errorf("emptyDir %s: %w", e.Name, err)
+		}
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
