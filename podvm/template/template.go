@@ -10,8 +10,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"sync"
@@ -255,13 +257,39 @@ func (s *Store) snapshot(ctx context.Context, v vmm.VM, dir string) error {
 	if err != nil {
 		return err
 	}
-	conn.Close()
+	if err := hangUp(conn); err != nil {
+		return err
+	}
 	if s.options.Warm != nil {
 		if err := s.options.Warm(ctx, v); err != nil {
 			return err
 		}
 	}
 	return snapshotter.Snapshot(ctx, dir)
+}
+
+// hangUpLimit is how long the agent may take to close a connection.
+const hangUpLimit = 10 * time.Second
+
+// hangUp closes a connection and waits until the guest has closed it too. A guest that is snapshotted
+// before that has it for ever, and its clones take their own first connection for the old one.
+func hangUp(conn net.Conn) error {
+	defer conn.Close()
+	half, ok := conn.(interface{ CloseWrite() error })
+	if !ok {
+		return nil
+	}
+	err := half.CloseWrite()
+	if err == nil {
+		err = conn.SetReadDeadline(time.Now().Add(hangUpLimit))
+	}
+	if err == nil {
+		_, err = io.Copy(io.Discard, io.LimitReader(conn, 1<<20))
+	}
+	if err != nil {
+		return fmt.Errorf("wait for the agent to hang up: %w", err)
+	}
+	return nil
 }
 
 // Failed tells the store that a clone of dir did not start. The template is checked whole before it

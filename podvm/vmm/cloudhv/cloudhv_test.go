@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
 )
 
 // program writes an executable that prints text.
@@ -139,6 +141,45 @@ func TestHandshake(t *testing.T) {
 			t.Errorf("%q: got %v, want %q", tt.answer, err, tt.want)
 		}
 		host.Close()
+	}
+}
+
+// A guest that does not answer the first connection is asked again; one that refuses is not.
+func TestUnansweredConnection(t *testing.T) {
+	dir := t.TempDir()
+	l, err := net.Listen("unix", vsockPath(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for i := 0; ; i++ {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			switch conn.Read(make([]byte, 64)); i {
+			case 0: // no answer
+			case 1:
+				conn.Write([]byte("OK 1073741825\n"))
+			case 2:
+				conn.Close()
+			}
+		}
+	}()
+	p, err := process.Start(process.Spec{Path: "/bin/sleep", Args: []string{"100"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill(context.Background())
+	v := &vm{config: vmm.Config{Dir: dir}, proc: p}
+	conn, err := v.connect(t.Context(), 1024)
+	if err != nil {
+		t.Fatalf("after no answer: %v", err)
+	}
+	conn.Close()
+	if _, err := v.connect(t.Context(), 1024); !errors.Is(err, io.EOF) {
+		t.Fatalf("after a refusal: %v", err)
 	}
 }
 

@@ -18,6 +18,7 @@ type vmConfig struct {
 	CPUs    cpusConfig    `json:"cpus"`
 	Memory  memoryConfig  `json:"memory"`
 	Payload payloadConfig `json:"payload"`
+	Disks   []diskConfig  `json:"disks,omitempty"`
 	Balloon balloonConfig `json:"balloon"`
 	Serial  consoleConfig `json:"serial"`
 	Console consoleConfig `json:"console"`
@@ -101,7 +102,7 @@ const (
 
 // bootConfig is the configuration of a cold boot.
 func bootConfig(c vmm.Config) vmConfig {
-	return vmConfig{
+	config := vmConfig{
 		CPUs: cpusConfig{Boot: c.Size.CPUs, Max: c.Max.CPUs},
 		Memory: memoryConfig{HotplugMethod: "VirtioMem", Zones: []zoneConfig{{
 			ID: zone, Size: c.Size.Memory, File: c.MemoryFile, Shared: c.MemoryFile != "",
@@ -114,6 +115,14 @@ func bootConfig(c vmm.Config) vmConfig {
 		Vsock:   vsockConfig{guestCID, vsockPath(c.Dir)},
 		PVPanic: true,
 	}
+	if c.Disk != nil {
+		config.Disks = []diskConfig{disk(*c.Disk)}
+	}
+	return config
+}
+
+func disk(d vmm.Disk) diskConfig {
+	return diskConfig{diskID + d.Serial, d.Path, d.ReadOnly, d.Serial, 1, "Raw"}
 }
 
 // hotplugSize is how many bytes of memory can be added to a VM.
@@ -169,9 +178,27 @@ func cloneConfig(data []byte, c vmm.Config) ([]byte, error) {
 	}
 	first["file"] = filepath.Join(c.Template, filepath.Base(file))
 	first["shared"] = false
+	if err := cloneDisk(snapshot, c.Disk); err != nil {
+		return nil, err
+	}
 	vsock["socket"] = vsockPath(c.Dir)
 	serial["file"] = tail.PipePath(tail.ConsolePath(c.Dir))
 	return json.Marshal(snapshot)
+}
+
+// cloneDisk gives the clone its own file for the template's disk.
+func cloneDisk(snapshot map[string]any, d *vmm.Disk) error {
+	disks, _ := snapshot["disks"].([]any)
+	if d == nil && len(disks) == 0 {
+		return nil
+	}
+	if d != nil && len(disks) == 1 {
+		if first, ok := disks[0].(map[string]any); ok && first["serial"] == d.Serial {
+			first["path"] = d.Path
+			return nil
+		}
+	}
+	return fmt.Errorf("not the snapshot of a template with the same disk: it has %d disks", len(disks))
 }
 
 func apiPath(dir string) string     { return filepath.Join(dir, "api.sock") }

@@ -52,7 +52,7 @@ func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 	if pmem {
 		err = v.api.put(ctx, "vm.add-pmem", pmemConfig{id, d.Path, true}, &added)
 	} else {
-		err = v.api.put(ctx, "vm.add-disk", diskConfig{id, d.Path, d.ReadOnly, d.Serial, 1, "Raw"}, &added)
+		err = v.api.put(ctx, "vm.add-disk", disk(d), &added)
 	}
 	if err != nil {
 		v.release(d.Serial)
@@ -61,7 +61,7 @@ func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 	if pmem {
 		return "pci:" + added.BDF, nil
 	}
-	return "serial:" + d.Serial, nil
+	return vmm.SerialAddress(d.Serial), nil
 }
 
 // claim notes a disk, unless its serial is in use.

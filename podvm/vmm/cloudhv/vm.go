@@ -42,13 +42,17 @@ func newVM(d *Driver, c vmm.Config, p *process.Process, l tail.Pair) (*vm, error
 	if err != nil {
 		return nil, err
 	}
-	return &vm{
+	v := &vm{
 		config: c, logs: l, api: newAPI(apiPath(c.Dir)), proc: p, driver: d, grown: grown,
 		events: eventReader{path: eventsPath(c.Dir)},
 		ready:  make(chan struct{}), done: make(chan struct{}),
 		info:    vmm.Info{PID: p.PID(), Size: c.Size},
 		devices: map[string]string{}, removed: map[string]chan struct{}{},
-	}, nil
+	}
+	if c.Disk != nil {
+		v.devices[c.Disk.Serial] = diskID + c.Disk.Serial
+	}
+	return v, nil
 }
 
 // boot starts the guest, cold or as a clone.
@@ -145,14 +149,42 @@ func (v *vm) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	return conn, nil
 }
 
+// Cloud Hypervisor gives the guest two seconds to answer a connection, and then hangs up. A guest that
+// was busy, or restored only just now, is asked again, at first sooner than that.
+const (
+	firstPatience = 500 * time.Millisecond
+	hangUp        = 2 * time.Second
+)
+
 func (v *vm) connect(ctx context.Context, port uint32) (net.Conn, error) {
+	for patience := firstPatience; ; patience *= 2 {
+		begin := time.Now()
+		conn, err := v.connectOnce(ctx, port, patience)
+		unanswered := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.EOF) && time.Since(begin) >= hangUp
+		if !unanswered || ctx.Err() != nil {
+			return conn, err
+		}
+		select {
+		case <-v.proc.Done():
+			return nil, err
+		default:
+		}
+	}
+}
+
+func (v *vm) connectOnce(ctx context.Context, port uint32, patience time.Duration) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", vsockPath(v.config.Dir))
 	if err != nil {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	err = handshake(conn, port)
+	if err = conn.SetDeadline(time.Now().Add(patience)); err == nil {
+		err = handshake(conn, port)
+	}
+	if err == nil {
+		err = conn.SetDeadline(time.Time{})
+	}
 	if !stop() || err != nil {
 		conn.Close()
 		return nil, errors.Join(ctx.Err(), err)
