@@ -108,7 +108,7 @@ func TestCreateJoined(t *testing.T) {
 		t.Errorf("one image and the scratch disk are %d disks", len(disks))
 	}
 	for _, d := range disks {
-		if d.Serial != scratchSerial && (!d.ReadOnly || !d.Shared) {
+		if d.Serial != ScratchDisk().Serial && (!d.ReadOnly || !d.Shared) {
 			t.Errorf("the image's disk is %+v", d)
 		}
 	}

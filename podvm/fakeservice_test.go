@@ -9,6 +9,10 @@ import (
 	"github.com/caisson-vm/caisson/podvm/agent"
 )
 
+func (a *fakeAgent) Prepare(context.Context, *agent.PrepareRequest) (*agent.Empty, error) {
+	return &agent.Empty{}, a.call("Prepare")
+}
+
 func (a *fakeAgent) Setup(_ context.Context, r *agent.SetupRequest) (*agent.SetupResponse, error) {
 	if err := a.call("Setup"); err != nil {
 		return nil, err

@@ -39,6 +39,8 @@ type Templates interface {
 	// Template returns the folder of the scope's template; Failed reports a clone that did not start.
 	Template(ctx context.Context, scope string) (string, error)
 	Failed(dir string)
+	// Disk is what the scratch disk of a clone begins as a copy of.
+	Disk(dir string) string
 }
 
 // Observer is told what metrics count. A nil Observer is none.
@@ -64,16 +66,14 @@ type Options struct {
 	Scope     string
 	// Size is what a VM starts with and a pod without limits gets, Max what it can grow to.
 	Size, Max vmm.Size
-	// Scratch is the size of a pod's scratch disk, in bytes; sparse.
-	Scratch  int64
-	Observer Observer
+	Scratch   *Scratch
+	Observer  Observer
 }
 
 // Manager holds the node's pods.
 type Manager struct {
 	o       Options
 	layout  layout
-	scratch *scratch
 	cgroups cgroups
 	syncer  *syncer
 	events  broker
@@ -118,9 +118,6 @@ func New(o Options) (*Manager, error) {
 		}
 	}
 	var err error
-	if m.scratch, err = newScratch(o.Root, o.Scratch); err != nil {
-		return nil, err
-	}
 	if m.syncer, err = newSyncer(); err != nil {
 		return nil, err
 	}

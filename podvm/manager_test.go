@@ -103,7 +103,6 @@ func TestRunUndone(t *testing.T) {
 		"tap":       {func(n *node) { n.network.failing("OpenTap", errInjected) }, nil, "nic"},
 		"launch":    {func(n *node) { n.driver.Fail("Launch", errInjected) }, func(n *node) { n.driver.Fail("Launch", nil) }, "vm"},
 		"nic":       {func(n *node) { n.driver.Fail("AddNIC", errInjected) }, func(n *node) { n.driver.Fail("AddNIC", nil) }, "nic"},
-		"disk":      {func(n *node) { n.driver.Fail("AddDisk", errInjected) }, func(n *node) { n.driver.Fail("AddDisk", nil) }, "disk"},
 		"dial":      {func(n *node) { n.driver.Fail("Dial", errInjected) }, func(n *node) { n.driver.Fail("Dial", nil) }, "guest"},
 		"setup":     {failing("Setup"), nil, "setup"},
 		"addresses": {failing("Network"), nil, "addresses"},

@@ -31,6 +31,9 @@ type node struct {
 	driver  *vmmtest.Fake
 	network *fakeNetwork
 	images  *fakeImages
+	// templates, if set before start, and starts are options.
+	templates Templates
+	starts    Observer
 	*Manager
 
 	mu     sync.Mutex
@@ -53,11 +56,19 @@ func newNode(t *testing.T) *node {
 // start starts the daemon.
 func (n *node) start() {
 	n.t.Helper()
+	root := filepath.Join(n.dir, "root")
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		n.t.Fatal(err)
+	}
+	scratch, err := NewScratch(root, 16<<20)
+	if err != nil {
+		n.t.Fatal(err)
+	}
 	m, err := New(Options{
-		Root: filepath.Join(n.dir, "root"), State: filepath.Join(n.dir, "run"),
+		Root: root, State: filepath.Join(n.dir, "run"),
 		Driver: n.driver, Drivers: map[string]vmm.Driver{n.driver.Name(): n.driver},
 		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images,
-		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4 << 30}, Scratch: 16 << 20,
+		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4 << 30}, Scratch: scratch, Templates: n.templates, Observer: n.starts,
 	})
 	if err != nil {
 		n.t.Fatal(err)

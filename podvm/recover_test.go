@@ -130,6 +130,7 @@ func TestRecoverHalfMade(t *testing.T) {
 		"launched": func() error {
 			r := podRecord{ID: id, Config: podConfig("half"), Created: time.Now(), Stage: starting, Driver: "fake", VM: n.vmConfig(id)}
 			err := errors.Join(os.MkdirAll(n.layout.containers(id), 0o700), os.MkdirAll(n.layout.run(id), 0o700), state.Write(n.layout.record(id), r))
+			err = errors.Join(err, os.WriteFile(r.VM.Disk.Path, nil, 0o600))
 			_, launch := n.driver.Launch(soon(t), r.VM)
 			n.network.up = map[string]bool{id: true}
 			return errors.Join(err, launch)

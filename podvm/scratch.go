@@ -14,11 +14,14 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
-// scratch makes pods' scratch disks: sparse files with an empty ext4. The file system is made once
+// Scratch makes pods' scratch disks: sparse files with an empty ext4. The file system is made once
 // and copied, which takes less than making it.
-type scratch struct {
+type Scratch struct {
 	template string
 	size     int64
 
@@ -29,26 +32,53 @@ type scratch struct {
 // formatLimit bounds mkfs.
 const formatLimit = time.Minute
 
-func newScratch(root string, size int64) (*scratch, error) {
+// ScratchDisk is the disk that every VM has from the beginning, but for its file.
+func ScratchDisk() *vmm.Disk { return &vmm.Disk{Serial: "scratch"} }
+
+// NewScratch keeps the file system that is copied in the folder root. The size of a disk is in bytes;
+// it takes what is written to it.
+func NewScratch(root string, size int64) (*Scratch, error) {
 	if size <= 0 {
 		return nil, fmt.Errorf("scratch disks of %d bytes: %w", size, errdefs.ErrInvalidArgument)
 	}
-	return &scratch{template: filepath.Join(root, "scratch.template"), size: size}, nil
+	return &Scratch{template: filepath.Join(root, "scratch.template"), size: size}, nil
 }
 
-// create makes a disk at path. A full disk is errdefs.ErrResourceExhausted.
-func (s *scratch) create(path string) error {
+// Create makes a disk at path. A full file system is errdefs.ErrResourceExhausted.
+func (s *Scratch) Create(path string) error {
 	if err := s.prepare(); err != nil {
 		return err
 	}
-	if err := copySparse(s.template, path); err != nil {
-		return errors.Join(noSpace(err, path), remove(path))
+	return copyDisk(s.template, path)
+}
+
+// Prepare has a VM that becomes a template do what every pod's start would have to do, but for what
+// makes it that pod.
+func Prepare(ctx context.Context, v vmm.VM) error {
+	client := agent.NewClient(v)
+	defer client.Close()
+	rpc, err := client.RPC(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := rpc.Prepare(ctx, &agent.PrepareRequest{ScratchAddr: scratchAddress()}); err != nil {
+		return fmt.Errorf("prepare the guest: %w", err)
+	}
+	return nil
+}
+
+func scratchAddress() string { return vmm.SerialAddress(ScratchDisk().Serial) }
+
+// copyDisk copies a sparse file; on error there is none.
+func copyDisk(from, to string) error {
+	if err := copySparse(from, to); err != nil {
+		return errors.Join(noSpace(err, to), remove(to))
 	}
 	return nil
 }
 
 // prepare makes the template, if that was not done or failed before.
-func (s *scratch) prepare() error {
+func (s *Scratch) prepare() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.formatted {
@@ -64,7 +94,7 @@ func (s *scratch) prepare() error {
 // format makes the template, anew with each daemon: it is quick, and its size may have changed. It
 // has no journal, for a scratch disk never outlives its VM, and project quotas, by which the guest
 // counts what each container and volume takes.
-func (s *scratch) format() error {
+func (s *Scratch) format() error {
 	f, err := os.Create(s.template + ".new")
 	if err != nil {
 		return fmt.Errorf("template: %w", noSpace(err, s.template))

@@ -22,9 +22,6 @@ import (
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
-// scratchSerial names the scratch disk in every VM.
-const scratchSerial = "scratch"
-
 // birth is the start of a pod.
 type birth struct {
 	*Pod
@@ -158,24 +155,12 @@ func (b *birth) addNICs(ctx context.Context) error {
 	return nil
 }
 
-// boot starts the VM, gives it its scratch disk, its identity and its size.
+// boot starts the VM, and gives it its identity and its size.
 func (b *birth) boot(ctx context.Context) error {
-	scratch := make(chan error, 1)
-	go func() {
-		scratch <- b.time("scratch", func() error { return b.m.scratch.create(b.m.layout.scratch(b.id)) })
-	}()
-	err := b.time("vm", func() error { return b.launch(ctx) })
-	if err := errors.Join(err, <-scratch); err != nil {
+	if err := b.launch(ctx); err != nil {
 		return err
 	}
 	close(b.launched)
-	var address string
-	if err := b.time("disk", func() (err error) {
-		address, err = b.machine().AddDisk(ctx, vmm.Disk{Serial: scratchSerial, Path: b.m.layout.scratch(b.id)})
-		return err
-	}); err != nil {
-		return err
-	}
 	var rpc agent.AgentClient
 	if err := b.time("guest", func() (err error) {
 		rpc, err = b.client.RPC(ctx)
@@ -183,60 +168,75 @@ func (b *birth) boot(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if err := b.time("setup", func() error { return b.identify(ctx, rpc, address) }); err != nil {
+	if err := b.time("setup", func() error { return b.identify(ctx, rpc) }); err != nil {
 		return err
 	}
 	return b.time("size", func() error { return b.fit(ctx, b.record.now().Config, nil) })
 }
 
+// launch starts the VM as a clone of a template, or cold where there is none. What went wrong with
+// the clone is logged and counted, because cold starts are slow.
 func (b *birth) launch(ctx context.Context) error {
-	r := b.record.now()
-	driver := b.m.o.Drivers[r.Driver]
+	r, o := b.record.now(), b.m.o
+	driver := o.Drivers[r.Driver]
 	if driver == nil {
 		return fmt.Errorf("driver %s: %w", r.Driver, errdefs.ErrNotFound)
 	}
-	v, used, err := b.m.launch(ctx, driver, b.config, r.Config.Namespace)
+	if o.Templates != nil && driver == o.Driver {
+		err := b.clone(ctx, driver)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		slog.Warn("pod is booted cold: no clone of a template", "pod", b.id, "err", err)
+		if o.Observer != nil {
+			o.Observer.ObserveFallback()
+		}
+	}
+	if err := b.time("scratch", func() error { return o.Scratch.Create(b.config.Disk.Path) }); err != nil {
+		return err
+	}
+	return b.time("vm", func() error { return b.start(ctx, driver, b.config) })
+}
+
+// clone starts the VM as a clone. On error nothing is there of it.
+func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
+	o := b.m.o
+	scope := ""
+	if o.Scope == "namespace" {
+		scope = b.record.now().Config.Namespace
+	}
+	c := b.config
+	err := b.time("template", func() (err error) {
+		c.Template, err = o.Templates.Template(ctx, scope)
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	b.config = used
+	err = b.time("scratch", func() error { return copyDisk(o.Templates.Disk(c.Template), c.Disk.Path) })
+	if err == nil {
+		err = b.time("vm", func() error { return b.start(ctx, driver, c) })
+	}
+	if err != nil {
+		o.Templates.Failed(c.Template)
+		return errors.Join(err, remove(c.Disk.Path))
+	}
+	return nil
+}
+
+// start launches the VM and notes by which configuration it is attached to.
+func (b *birth) start(ctx context.Context, driver vmm.Driver, c vmm.Config) error {
+	v, err := driver.Launch(ctx, c)
+	if err != nil {
+		return err
+	}
+	b.config = c
 	b.setMachine(v)
 	return nil
 }
 
-// launch starts a VM as a clone of a template, or cold where there is none, and returns with it the
-// configuration by which it is attached to. What went wrong with the clone is logged and counted,
-// because cold starts are slow.
-func (m *Manager) launch(ctx context.Context, driver vmm.Driver, c vmm.Config, namespace string) (vmm.VM, vmm.Config, error) {
-	if m.o.Templates != nil && driver == m.o.Driver {
-		scope := ""
-		if m.o.Scope == "namespace" {
-			scope = namespace
-		}
-		dir, err := m.o.Templates.Template(ctx, scope)
-		if err == nil {
-			clone := c
-			clone.Template = dir
-			var v vmm.VM
-			if v, err = driver.Launch(ctx, clone); err == nil {
-				return v, clone, nil
-			}
-			m.o.Templates.Failed(dir)
-		}
-		if ctx.Err() != nil {
-			return nil, c, err
-		}
-		slog.Warn("pod is booted cold: no clone of a template", "pod", c.ID, "err", err)
-		if m.o.Observer != nil {
-			m.o.Observer.ObserveFallback()
-		}
-	}
-	v, err := driver.Launch(ctx, c)
-	return v, c, err
-}
-
 // identify makes the guest this pod's: until then it is like every other.
-func (b *birth) identify(ctx context.Context, rpc agent.AgentClient, scratch string) error {
+func (b *birth) identify(ctx context.Context, rpc agent.AgentClient) error {
 	c := b.record.now().Config
 	dns, err := c.DNS.orNode()
 	if err != nil {
@@ -248,7 +248,7 @@ func (b *birth) identify(ctx context.Context, rpc agent.AgentClient, scratch str
 	r, err := rpc.Setup(ctx, &agent.SetupRequest{
 		PodId: b.id, Hostname: hostname(b.id, c), ClockNs: time.Now().UnixNano(), Entropy: entropy,
 		MachineId: hex.EncodeToString(machine[:16]), Dns: &agent.DNS{Servers: dns.Servers, Searches: dns.Searches, Options: dns.Options},
-		Sysctls: c.Sysctls, ShmSize: c.ShmSize, ScratchAddr: scratch,
+		Sysctls: c.Sysctls, ShmSize: c.ShmSize, ScratchAddr: scratchAddress(),
 	})
 	if err != nil {
 		return fmt.Errorf("set up the guest: %w", err)
@@ -340,9 +340,10 @@ func (p *Pod) erase(ctx context.Context) error {
 
 // vmConfig is the VM of a pod before it is cloned.
 func (m *Manager) vmConfig(id string) vmm.Config {
-	g := m.o.Guest
+	g, disk := m.o.Guest, ScratchDisk()
+	disk.Path = m.layout.scratch(id)
 	return vmm.Config{
 		ID: id, Dir: m.layout.run(id), Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline,
-		Size: m.o.Size, Max: m.o.Max,
+		Size: m.o.Size, Max: m.o.Max, Disk: disk,
 	}
 }

@@ -46,9 +46,13 @@ func TestManage(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer store.Close()
+	scratch, err := podvm.NewScratch(root, 64<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
 	m, err := podvm.New(podvm.Options{
 		Root: root, State: state, Driver: noVMs{}, Drivers: map[string]vmm.Driver{"none": noVMs{}}, Network: noNetwork{}, Images: store,
-		Size: vmm.Size{CPUs: 1, Memory: 128 << 20}, Max: vmm.Size{CPUs: 1, Memory: 128 << 20}, Scratch: 64 << 20,
+		Size: vmm.Size{CPUs: 1, Memory: 128 << 20}, Max: vmm.Size{CPUs: 1, Memory: 128 << 20}, Scratch: scratch,
 	})
 	if err != nil {
 		t.Fatal(err)

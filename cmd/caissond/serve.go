@@ -106,15 +106,22 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 		most.Memory = nodeMemory()
 	}
 	most.CPUs, most.Memory = max(most.CPUs, size.CPUs), max(most.Memory, size.Memory)
+	scratch, err := podvm.NewScratch(c.Root, int64(c.VM.Scratch))
+	if err != nil {
+		return err
+	}
 	o := podvm.Options{
 		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
-		Scope: c.VM.Template, Size: size, Max: most, Scratch: int64(c.VM.Scratch), Observer: d.metrics,
+		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, Observer: d.metrics,
 	}
 	if c.VM.Template != "pod" {
 		d.templates, err = template.New(template.Options{
 			Dir: filepath.Join(c.Root, "templates"), Run: c.State, Driver: found.driver,
-			Depends: []string{found.version, g.Version, hostKernel()},
-			Config:  vmm.Config{Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most},
+			Depends: []string{found.version, g.Version, hostKernel(), fmt.Sprint("scratch ", int64(c.VM.Scratch))},
+			Config: vmm.Config{
+				Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most, Disk: podvm.ScratchDisk(),
+			},
+			MakeDisk: scratch.Create, Prepare: podvm.Prepare,
 		})
 		if err != nil {
 			return err

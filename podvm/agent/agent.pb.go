@@ -113,6 +113,50 @@ func (*Empty) Descriptor() ([]byte, []int) {
 	return file_agent_proto_rawDescGZIP(), []int{0}
 }
 
+type PrepareRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ScratchAddr   string                 `protobuf:"bytes,1,opt,name=scratch_addr,json=scratchAddr,proto3" json:"scratch_addr,omitempty"` // as in SetupRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareRequest) Reset() {
+	*x = PrepareRequest{}
+	mi := &file_agent_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareRequest) ProtoMessage() {}
+
+func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
+func (*PrepareRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *PrepareRequest) GetScratchAddr() string {
+	if x != nil {
+		return x.ScratchAddr
+	}
+	return ""
+}
+
 type SetupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PodId         string                 `protobuf:"bytes,1,opt,name=pod_id,json=podId,proto3" json:"pod_id,omitempty"`
@@ -130,7 +174,7 @@ type SetupRequest struct {
 
 func (x *SetupRequest) Reset() {
 	*x = SetupRequest{}
-	mi := &file_agent_proto_msgTypes[1]
+	mi := &file_agent_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -142,7 +186,7 @@ func (x *SetupRequest) String() string {
 func (*SetupRequest) ProtoMessage() {}
 
 func (x *SetupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[1]
+	mi := &file_agent_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -155,7 +199,7 @@ func (x *SetupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupRequest.ProtoReflect.Descriptor instead.
 func (*SetupRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{1}
+	return file_agent_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *SetupRequest) GetPodId() string {
@@ -232,7 +276,7 @@ type SetupResponse struct {
 
 func (x *SetupResponse) Reset() {
 	*x = SetupResponse{}
-	mi := &file_agent_proto_msgTypes[2]
+	mi := &file_agent_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +288,7 @@ func (x *SetupResponse) String() string {
 func (*SetupResponse) ProtoMessage() {}
 
 func (x *SetupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[2]
+	mi := &file_agent_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +301,7 @@ func (x *SetupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupResponse.ProtoReflect.Descriptor instead.
 func (*SetupResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{2}
+	return file_agent_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *SetupResponse) GetKernel() string {
@@ -292,7 +336,7 @@ type DNS struct {
 
 func (x *DNS) Reset() {
 	*x = DNS{}
-	mi := &file_agent_proto_msgTypes[3]
+	mi := &file_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -304,7 +348,7 @@ func (x *DNS) String() string {
 func (*DNS) ProtoMessage() {}
 
 func (x *DNS) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[3]
+	mi := &file_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -317,7 +361,7 @@ func (x *DNS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNS.ProtoReflect.Descriptor instead.
 func (*DNS) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{3}
+	return file_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DNS) GetServers() []string {
@@ -350,7 +394,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -362,7 +406,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -375,7 +419,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *NetworkRequest) GetInterfaces() []*Interface {
@@ -399,7 +443,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -411,7 +455,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -424,7 +468,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Interface) GetName() string {
@@ -482,7 +526,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -494,7 +538,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -507,7 +551,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Route) GetDestination() string {
@@ -555,7 +599,7 @@ type Neighbour struct {
 
 func (x *Neighbour) Reset() {
 	*x = Neighbour{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -567,7 +611,7 @@ func (x *Neighbour) String() string {
 func (*Neighbour) ProtoMessage() {}
 
 func (x *Neighbour) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -580,7 +624,7 @@ func (x *Neighbour) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
 func (*Neighbour) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Neighbour) GetAddress() string {
@@ -615,7 +659,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -627,7 +671,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -640,7 +684,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -724,7 +768,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -736,7 +780,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -749,7 +793,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateResponse) GetUid() int64 {
@@ -784,7 +828,7 @@ type Rootfs struct {
 
 func (x *Rootfs) Reset() {
 	*x = Rootfs{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +840,7 @@ func (x *Rootfs) String() string {
 func (*Rootfs) ProtoMessage() {}
 
 func (x *Rootfs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +853,7 @@ func (x *Rootfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rootfs.ProtoReflect.Descriptor instead.
 func (*Rootfs) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Rootfs) GetImageAddr() string {
@@ -849,7 +893,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +905,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +918,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *User) GetName() string {
@@ -944,7 +988,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -956,7 +1000,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -969,7 +1013,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Mount) GetDestination() string {
@@ -1084,7 +1128,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1096,7 +1140,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1109,7 +1153,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Files) GetName() string {
@@ -1154,7 +1198,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1210,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1223,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *File) GetPath() string {
@@ -1238,7 +1282,7 @@ type EmptyDir struct {
 
 func (x *EmptyDir) Reset() {
 	*x = EmptyDir{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1294,7 @@ func (x *EmptyDir) String() string {
 func (*EmptyDir) ProtoMessage() {}
 
 func (x *EmptyDir) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1307,7 @@ func (x *EmptyDir) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmptyDir.ProtoReflect.Descriptor instead.
 func (*EmptyDir) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *EmptyDir) GetName() string {
@@ -1319,7 +1363,7 @@ type DiskMount struct {
 
 func (x *DiskMount) Reset() {
 	*x = DiskMount{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1331,7 +1375,7 @@ func (x *DiskMount) String() string {
 func (*DiskMount) ProtoMessage() {}
 
 func (x *DiskMount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1344,7 +1388,7 @@ func (x *DiskMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskMount.ProtoReflect.Descriptor instead.
 func (*DiskMount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DiskMount) GetAddr() string {
@@ -1378,7 +1422,7 @@ type Share struct {
 
 func (x *Share) Reset() {
 	*x = Share{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1390,7 +1434,7 @@ func (x *Share) String() string {
 func (*Share) ProtoMessage() {}
 
 func (x *Share) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1403,7 +1447,7 @@ func (x *Share) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Share.ProtoReflect.Descriptor instead.
 func (*Share) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Share) GetTag() string {
@@ -1429,7 +1473,7 @@ type BlockDevice struct {
 
 func (x *BlockDevice) Reset() {
 	*x = BlockDevice{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +1485,7 @@ func (x *BlockDevice) String() string {
 func (*BlockDevice) ProtoMessage() {}
 
 func (x *BlockDevice) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1454,7 +1498,7 @@ func (x *BlockDevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockDevice.ProtoReflect.Descriptor instead.
 func (*BlockDevice) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *BlockDevice) GetAddr() string {
@@ -1473,7 +1517,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1529,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1542,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1518,7 +1562,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1574,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1587,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartResponse) GetStartedNs() int64 {
@@ -1571,7 +1615,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1583,7 +1627,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1596,7 +1640,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SignalRequest) GetId() string {
@@ -1630,7 +1674,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1642,7 +1686,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1655,7 +1699,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -1681,7 +1725,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1693,7 +1737,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1706,7 +1750,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RemoveRequest) GetId() string {
@@ -1725,7 +1769,7 @@ type FilesRequest struct {
 
 func (x *FilesRequest) Reset() {
 	*x = FilesRequest{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1737,7 +1781,7 @@ func (x *FilesRequest) String() string {
 func (*FilesRequest) ProtoMessage() {}
 
 func (x *FilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1750,7 +1794,7 @@ func (x *FilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FilesRequest.ProtoReflect.Descriptor instead.
 func (*FilesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FilesRequest) GetFiles() *Files {
@@ -1769,7 +1813,7 @@ type DetachRequest struct {
 
 func (x *DetachRequest) Reset() {
 	*x = DetachRequest{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1781,7 +1825,7 @@ func (x *DetachRequest) String() string {
 func (*DetachRequest) ProtoMessage() {}
 
 func (x *DetachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1794,7 +1838,7 @@ func (x *DetachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachRequest.ProtoReflect.Descriptor instead.
 func (*DetachRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DetachRequest) GetAddr() string {
@@ -1812,7 +1856,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +1868,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +1881,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type StatsResponse struct {
@@ -1855,7 +1899,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +1911,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +1924,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StatsResponse) GetTimestampNs() int64 {
@@ -1944,7 +1988,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1956,7 +2000,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1969,7 +2013,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2011,7 +2055,7 @@ type VolumeStats struct {
 
 func (x *VolumeStats) Reset() {
 	*x = VolumeStats{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +2067,7 @@ func (x *VolumeStats) String() string {
 func (*VolumeStats) ProtoMessage() {}
 
 func (x *VolumeStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +2080,7 @@ func (x *VolumeStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStats.ProtoReflect.Descriptor instead.
 func (*VolumeStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VolumeStats) GetName() string {
@@ -2080,7 +2124,7 @@ type Cgroup struct {
 
 func (x *Cgroup) Reset() {
 	*x = Cgroup{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2136,7 @@ func (x *Cgroup) String() string {
 func (*Cgroup) ProtoMessage() {}
 
 func (x *Cgroup) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2149,7 @@ func (x *Cgroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cgroup.ProtoReflect.Descriptor instead.
 func (*Cgroup) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Cgroup) GetCpuUsageNs() uint64 {
@@ -2202,7 +2246,7 @@ type PSI struct {
 
 func (x *PSI) Reset() {
 	*x = PSI{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2214,7 +2258,7 @@ func (x *PSI) String() string {
 func (*PSI) ProtoMessage() {}
 
 func (x *PSI) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2227,7 +2271,7 @@ func (x *PSI) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PSI.ProtoReflect.Descriptor instead.
 func (*PSI) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PSI) GetFull() *PSIData {
@@ -2256,7 +2300,7 @@ type PSIData struct {
 
 func (x *PSIData) Reset() {
 	*x = PSIData{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2268,7 +2312,7 @@ func (x *PSIData) String() string {
 func (*PSIData) ProtoMessage() {}
 
 func (x *PSIData) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2281,7 +2325,7 @@ func (x *PSIData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PSIData.ProtoReflect.Descriptor instead.
 func (*PSIData) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PSIData) GetTotalUs() uint64 {
@@ -2325,7 +2369,7 @@ type NetStats struct {
 
 func (x *NetStats) Reset() {
 	*x = NetStats{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2337,7 +2381,7 @@ func (x *NetStats) String() string {
 func (*NetStats) ProtoMessage() {}
 
 func (x *NetStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2350,7 +2394,7 @@ func (x *NetStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetStats.ProtoReflect.Descriptor instead.
 func (*NetStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *NetStats) GetName() string {
@@ -2396,7 +2440,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2452,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2465,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type ContainerState struct {
@@ -2440,7 +2484,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2452,7 +2496,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2465,7 +2509,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ContainerState) GetId() string {
@@ -2534,7 +2578,7 @@ type WrittenFile struct {
 
 func (x *WrittenFile) Reset() {
 	*x = WrittenFile{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2590,7 @@ func (x *WrittenFile) String() string {
 func (*WrittenFile) ProtoMessage() {}
 
 func (x *WrittenFile) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2603,7 @@ func (x *WrittenFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrittenFile.ProtoReflect.Descriptor instead.
 func (*WrittenFile) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WrittenFile) GetName() string {
@@ -2581,7 +2625,9 @@ var File_agent_proto protoreflect.FileDescriptor
 const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"\vagent.proto\x12\x10caisson.agent.v1\"\a\n" +
-	"\x05Empty\"\xff\x02\n" +
+	"\x05Empty\"3\n" +
+	"\x0ePrepareRequest\x12!\n" +
+	"\fscratch_addr\x18\x01 \x01(\tR\vscratchAddr\"\xff\x02\n" +
 	"\fSetupRequest\x12\x15\n" +
 	"\x06pod_id\x18\x01 \x01(\tR\x05podId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x19\n" +
@@ -2787,8 +2833,9 @@ const file_agent_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_CREATED\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x10\n" +
-	"\fSTATE_EXITED\x10\x032\x97\x06\n" +
-	"\x05Agent\x12H\n" +
+	"\fSTATE_EXITED\x10\x032\xdd\x06\n" +
+	"\x05Agent\x12D\n" +
+	"\aPrepare\x12 .caisson.agent.v1.PrepareRequest\x1a\x17.caisson.agent.v1.Empty\x12H\n" +
 	"\x05Setup\x12\x1e.caisson.agent.v1.SetupRequest\x1a\x1f.caisson.agent.v1.SetupResponse\x12D\n" +
 	"\aNetwork\x12 .caisson.agent.v1.NetworkRequest\x1a\x17.caisson.agent.v1.Empty\x12K\n" +
 	"\x06Create\x12\x1f.caisson.agent.v1.CreateRequest\x1a .caisson.agent.v1.CreateResponse\x12H\n" +
@@ -2814,100 +2861,103 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_agent_proto_goTypes = []any{
 	(State)(0),             // 0: caisson.agent.v1.State
 	(*Empty)(nil),          // 1: caisson.agent.v1.Empty
-	(*SetupRequest)(nil),   // 2: caisson.agent.v1.SetupRequest
-	(*SetupResponse)(nil),  // 3: caisson.agent.v1.SetupResponse
-	(*DNS)(nil),            // 4: caisson.agent.v1.DNS
-	(*NetworkRequest)(nil), // 5: caisson.agent.v1.NetworkRequest
-	(*Interface)(nil),      // 6: caisson.agent.v1.Interface
-	(*Route)(nil),          // 7: caisson.agent.v1.Route
-	(*Neighbour)(nil),      // 8: caisson.agent.v1.Neighbour
-	(*CreateRequest)(nil),  // 9: caisson.agent.v1.CreateRequest
-	(*CreateResponse)(nil), // 10: caisson.agent.v1.CreateResponse
-	(*Rootfs)(nil),         // 11: caisson.agent.v1.Rootfs
-	(*User)(nil),           // 12: caisson.agent.v1.User
-	(*Mount)(nil),          // 13: caisson.agent.v1.Mount
-	(*Files)(nil),          // 14: caisson.agent.v1.Files
-	(*File)(nil),           // 15: caisson.agent.v1.File
-	(*EmptyDir)(nil),       // 16: caisson.agent.v1.EmptyDir
-	(*DiskMount)(nil),      // 17: caisson.agent.v1.DiskMount
-	(*Share)(nil),          // 18: caisson.agent.v1.Share
-	(*BlockDevice)(nil),    // 19: caisson.agent.v1.BlockDevice
-	(*StartRequest)(nil),   // 20: caisson.agent.v1.StartRequest
-	(*StartResponse)(nil),  // 21: caisson.agent.v1.StartResponse
-	(*SignalRequest)(nil),  // 22: caisson.agent.v1.SignalRequest
-	(*UpdateRequest)(nil),  // 23: caisson.agent.v1.UpdateRequest
-	(*RemoveRequest)(nil),  // 24: caisson.agent.v1.RemoveRequest
-	(*FilesRequest)(nil),   // 25: caisson.agent.v1.FilesRequest
-	(*DetachRequest)(nil),  // 26: caisson.agent.v1.DetachRequest
-	(*StatsRequest)(nil),   // 27: caisson.agent.v1.StatsRequest
-	(*StatsResponse)(nil),  // 28: caisson.agent.v1.StatsResponse
-	(*ContainerStats)(nil), // 29: caisson.agent.v1.ContainerStats
-	(*VolumeStats)(nil),    // 30: caisson.agent.v1.VolumeStats
-	(*Cgroup)(nil),         // 31: caisson.agent.v1.Cgroup
-	(*PSI)(nil),            // 32: caisson.agent.v1.PSI
-	(*PSIData)(nil),        // 33: caisson.agent.v1.PSIData
-	(*NetStats)(nil),       // 34: caisson.agent.v1.NetStats
-	(*WatchRequest)(nil),   // 35: caisson.agent.v1.WatchRequest
-	(*ContainerState)(nil), // 36: caisson.agent.v1.ContainerState
-	(*WrittenFile)(nil),    // 37: caisson.agent.v1.WrittenFile
-	nil,                    // 38: caisson.agent.v1.SetupRequest.SysctlsEntry
+	(*PrepareRequest)(nil), // 2: caisson.agent.v1.PrepareRequest
+	(*SetupRequest)(nil),   // 3: caisson.agent.v1.SetupRequest
+	(*SetupResponse)(nil),  // 4: caisson.agent.v1.SetupResponse
+	(*DNS)(nil),            // 5: caisson.agent.v1.DNS
+	(*NetworkRequest)(nil), // 6: caisson.agent.v1.NetworkRequest
+	(*Interface)(nil),      // 7: caisson.agent.v1.Interface
+	(*Route)(nil),          // 8: caisson.agent.v1.Route
+	(*Neighbour)(nil),      // 9: caisson.agent.v1.Neighbour
+	(*CreateRequest)(nil),  // 10: caisson.agent.v1.CreateRequest
+	(*CreateResponse)(nil), // 11: caisson.agent.v1.CreateResponse
+	(*Rootfs)(nil),         // 12: caisson.agent.v1.Rootfs
+	(*User)(nil),           // 13: caisson.agent.v1.User
+	(*Mount)(nil),          // 14: caisson.agent.v1.Mount
+	(*Files)(nil),          // 15: caisson.agent.v1.Files
+	(*File)(nil),           // 16: caisson.agent.v1.File
+	(*EmptyDir)(nil),       // 17: caisson.agent.v1.EmptyDir
+	(*DiskMount)(nil),      // 18: caisson.agent.v1.DiskMount
+	(*Share)(nil),          // 19: caisson.agent.v1.Share
+	(*BlockDevice)(nil),    // 20: caisson.agent.v1.BlockDevice
+	(*StartRequest)(nil),   // 21: caisson.agent.v1.StartRequest
+	(*StartResponse)(nil),  // 22: caisson.agent.v1.StartResponse
+	(*SignalRequest)(nil),  // 23: caisson.agent.v1.SignalRequest
+	(*UpdateRequest)(nil),  // 24: caisson.agent.v1.UpdateRequest
+	(*RemoveRequest)(nil),  // 25: caisson.agent.v1.RemoveRequest
+	(*FilesRequest)(nil),   // 26: caisson.agent.v1.FilesRequest
+	(*DetachRequest)(nil),  // 27: caisson.agent.v1.DetachRequest
+	(*StatsRequest)(nil),   // 28: caisson.agent.v1.StatsRequest
+	(*StatsResponse)(nil),  // 29: caisson.agent.v1.StatsResponse
+	(*ContainerStats)(nil), // 30: caisson.agent.v1.ContainerStats
+	(*VolumeStats)(nil),    // 31: caisson.agent.v1.VolumeStats
+	(*Cgroup)(nil),         // 32: caisson.agent.v1.Cgroup
+	(*PSI)(nil),            // 33: caisson.agent.v1.PSI
+	(*PSIData)(nil),        // 34: caisson.agent.v1.PSIData
+	(*NetStats)(nil),       // 35: caisson.agent.v1.NetStats
+	(*WatchRequest)(nil),   // 36: caisson.agent.v1.WatchRequest
+	(*ContainerState)(nil), // 37: caisson.agent.v1.ContainerState
+	(*WrittenFile)(nil),    // 38: caisson.agent.v1.WrittenFile
+	nil,                    // 39: caisson.agent.v1.SetupRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
-	4,  // 0: caisson.agent.v1.SetupRequest.dns:type_name -> caisson.agent.v1.DNS
-	38, // 1: caisson.agent.v1.SetupRequest.sysctls:type_name -> caisson.agent.v1.SetupRequest.SysctlsEntry
-	6,  // 2: caisson.agent.v1.NetworkRequest.interfaces:type_name -> caisson.agent.v1.Interface
-	7,  // 3: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
-	8,  // 4: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
-	11, // 5: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
-	13, // 6: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
-	12, // 7: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
-	14, // 8: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
-	16, // 9: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
-	17, // 10: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
-	18, // 11: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
-	19, // 12: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
-	15, // 13: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
-	14, // 14: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
-	31, // 15: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
-	29, // 16: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
-	34, // 17: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
-	30, // 18: caisson.agent.v1.StatsResponse.volumes:type_name -> caisson.agent.v1.VolumeStats
-	31, // 19: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
-	32, // 20: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
-	32, // 21: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
-	32, // 22: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
-	33, // 23: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
-	33, // 24: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
+	5,  // 0: caisson.agent.v1.SetupRequest.dns:type_name -> caisson.agent.v1.DNS
+	39, // 1: caisson.agent.v1.SetupRequest.sysctls:type_name -> caisson.agent.v1.SetupRequest.SysctlsEntry
+	7,  // 2: caisson.agent.v1.NetworkRequest.interfaces:type_name -> caisson.agent.v1.Interface
+	8,  // 3: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
+	9,  // 4: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
+	12, // 5: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
+	14, // 6: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
+	13, // 7: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
+	15, // 8: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
+	17, // 9: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
+	18, // 10: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
+	19, // 11: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
+	20, // 12: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
+	16, // 13: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
+	15, // 14: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
+	32, // 15: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
+	30, // 16: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
+	35, // 17: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
+	31, // 18: caisson.agent.v1.StatsResponse.volumes:type_name -> caisson.agent.v1.VolumeStats
+	32, // 19: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
+	33, // 20: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
+	33, // 21: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
+	33, // 22: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
+	34, // 23: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
+	34, // 24: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
 	0,  // 25: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
-	37, // 26: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
-	2,  // 27: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
-	5,  // 28: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
-	9,  // 29: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
-	20, // 30: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
-	22, // 31: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
-	23, // 32: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
-	24, // 33: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
-	25, // 34: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
-	26, // 35: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
-	27, // 36: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
-	35, // 37: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
-	3,  // 38: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
-	1,  // 39: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
-	10, // 40: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
-	21, // 41: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
-	1,  // 42: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
-	1,  // 43: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
-	1,  // 44: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
-	1,  // 45: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
-	1,  // 46: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
-	28, // 47: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
-	36, // 48: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
-	38, // [38:49] is the sub-list for method output_type
-	27, // [27:38] is the sub-list for method input_type
+	38, // 26: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
+	2,  // 27: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
+	3,  // 28: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
+	6,  // 29: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
+	10, // 30: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
+	21, // 31: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
+	23, // 32: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
+	24, // 33: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
+	25, // 34: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
+	26, // 35: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
+	27, // 36: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
+	28, // 37: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
+	36, // 38: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
+	1,  // 39: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
+	4,  // 40: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
+	1,  // 41: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
+	11, // 42: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
+	22, // 43: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
+	1,  // 44: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
+	1,  // 45: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
+	1,  // 46: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
+	1,  // 47: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
+	1,  // 48: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
+	29, // 49: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
+	37, // 50: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
+	39, // [39:51] is the sub-list for method output_type
+	27, // [27:39] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -2918,7 +2968,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[12].OneofWrappers = []any{
+	file_agent_proto_msgTypes[13].OneofWrappers = []any{
 		(*Mount_Files)(nil),
 		(*Mount_EmptyDir)(nil),
 		(*Mount_Disk)(nil),
@@ -2931,7 +2981,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   38,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -8,6 +8,7 @@ import (
 )
 
 type AgentService interface {
+	Prepare(context.Context, *PrepareRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
@@ -37,6 +38,13 @@ func (x *agentWatchServer) Send(m *ContainerState) error {
 func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 	srv.RegisterService("caisson.agent.v1.Agent", &ttrpc.ServiceDesc{
 		Methods: map[string]ttrpc.Method{
+			"Prepare": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PrepareRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Prepare(ctx, &req)
+			},
 			"Setup": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req SetupRequest
 				if err := unmarshal(&req); err != nil {
@@ -125,6 +133,7 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 }
 
 type AgentClient interface {
+	Prepare(context.Context, *PrepareRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
@@ -146,6 +155,14 @@ func NewAgentClient(client *ttrpc.Client) AgentClient {
 	return &agentClient{
 		client: client,
 	}
+}
+
+func (c *agentClient) Prepare(ctx context.Context, req *PrepareRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "caisson.agent.v1.Agent", "Prepare", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
 }
 
 func (c *agentClient) Setup(ctx context.Context, req *SetupRequest) (*SetupResponse, error) {

@@ -37,9 +37,11 @@ type Options struct {
 	Depends []string
 	// Config is the VM: kernel, initramfs, command line, sizes. The rest is filled in.
 	Config vmm.Config
-	// Warm, where set, is called with the booted VM before it is snapshotted: what it does there
+	// MakeDisk, where set, makes the file of Config.Disk.
+	MakeDisk func(path string) error
+	// Prepare, where set, is called with the booted VM before it is snapshotted: what it does there
 	// no clone need do.
-	Warm func(context.Context, vmm.VM) error
+	Prepare func(context.Context, vmm.VM) error
 	// Limit bounds the making of one; 0: 3 minutes.
 	Limit time.Duration
 }
@@ -213,6 +215,9 @@ func (s *Store) fill(e *entry, scope string) {
 	slog.Info("template made", "template", filepath.Base(dir), "bytes", e.size, "ms", time.Since(start).Milliseconds())
 }
 
+// Disk is the file that the disk of a clone of this template begins as a copy of.
+func (s *Store) Disk(dir string) string { return filepath.Join(dir, "disk.img") }
+
 const runPrefix = "template-"
 
 // make boots a VM with its memory in a file and snapshots it.
@@ -233,6 +238,12 @@ func (s *Store) make(ctx context.Context, dir, scope string) error {
 	defer os.RemoveAll(run)
 	c := s.options.Config
 	c.ID, c.Dir, c.MemoryFile = filepath.Base(run), run, filepath.Join(dir, "memory")
+	if s.options.MakeDisk != nil {
+		c.Disk = &vmm.Disk{Serial: c.Disk.Serial, Path: s.Disk(dir)}
+		if err := s.options.MakeDisk(c.Disk.Path); err != nil {
+			return err
+		}
+	}
 	v, err := s.options.Driver.Launch(ctx, c)
 	if err != nil {
 		return err
@@ -253,17 +264,18 @@ func (s *Store) snapshot(ctx context.Context, v vmm.VM, dir string) error {
 	if !ok {
 		return fmt.Errorf("%s has no snapshots: %w", s.options.Driver.Name(), errdefs.ErrNotImplemented)
 	}
+	if s.options.Prepare != nil {
+		if err := s.options.Prepare(ctx, v); err != nil {
+			return err
+		}
+	}
+	// The guest has handled what came before this connection when it closes this one.
 	conn, err := v.Dial(ctx, vmm.AgentPort)
 	if err != nil {
 		return err
 	}
 	if err := hangUp(conn); err != nil {
 		return err
-	}
-	if s.options.Warm != nil {
-		if err := s.options.Warm(ctx, v); err != nil {
-			return err
-		}
 	}
 	return snapshotter.Snapshot(ctx, dir)
 }

@@ -26,6 +26,9 @@ const AgentPort = 1024
 // that a driver whose channel is vsock need not try again and again while a guest boots.
 const ReadyPort = 1025
 
+// SerialAddress is where the guest finds a disk that is a block device.
+func SerialAddress(serial string) string { return "serial:" + serial }
+
 // SerialMax is the longest disk serial, in bytes (virtio-blk's own limit).
 const SerialMax = 20
 
@@ -68,8 +71,10 @@ type VM interface {
 	// AddNIC hot-adds a network card backed by the tap. The VM has its own duplicate of the
 	// descriptor when AddNIC returns; the caller closes its own.
 	AddNIC(ctx context.Context, n NIC) error
-	// Resize sets vCPUs and memory and returns what was reached: less than asked for when the
-	// guest can't give memory back, more never. Values beyond Config.Max are errdefs.ErrOutOfRange.
+	// Resize sets vCPUs and memory and returns what was reached. That is more than asked for where
+	// the guest does not give memory or vCPUs back, or the VMM can't take them, and less where the
+	// guest does not take what it is given; neither is an error. Values beyond Config.Max, and less
+	// than one vCPU, are errdefs.ErrOutOfRange.
 	Resize(ctx context.Context, s Size) (Size, error)
 	// Info tells what the VM is now. It never blocks.
 	Info() Info
@@ -98,6 +103,10 @@ type Config struct {
 	// Template, where set, is the directory of a snapshot: the VM is its copy-on-write clone.
 	// Size and Max are those of the template.
 	Template string `json:",omitempty"`
+	// Disk, where set, is there from the beginning, neither ReadOnly nor Shared, at the address
+	// SerialAddress(Disk.Serial). A template's clones have it too, each with a file of its own that
+	// begins as a copy of the template's as it was at the snapshot.
+	Disk *Disk `json:",omitempty"`
 	// Cgroup, where set, is the absolute path of an existing cgroup v2 directory into which the
 	// VMM process is started.
 	Cgroup string `json:",omitempty"`

@@ -50,6 +50,7 @@ type Agent struct {
 	// setup is the answer to the one Setup, nil before.
 	setup      *agent.SetupResponse
 	podID      string
+	prepared   bool // the rest is set
 	scratch    string
 	quotas     *quotas
 	containers map[string]*container

@@ -10,6 +10,10 @@ import (
 // service is the agent as ttrpc knows it.
 type service struct{ a *Agent }
 
+func (s service) Prepare(ctx context.Context, req *agent.PrepareRequest) (*agent.Empty, error) {
+	return &agent.Empty{}, s.a.prepare(ctx, req.ScratchAddr)
+}
+
 func (s service) Setup(ctx context.Context, req *agent.SetupRequest) (*agent.SetupResponse, error) {
 	return s.a.doSetup(ctx, req)
 }

@@ -45,22 +45,11 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 			return nil, err
 		}
 	}
-	if err := a.mountShm(req.ShmSize); err != nil {
+	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
 		return nil, err
 	}
-	if !a.o.NoCgroups {
-		if err := makePodCgroup(); err != nil {
-			return nil, err
-		}
-	}
-	scratch, quotas := a.o.Root, (*quotas)(nil)
-	if req.ScratchAddr != "" {
-		if scratch, err = a.mountScratch(ctx, req.ScratchAddr); err != nil {
-			return nil, err
-		}
-		if quotas, err = newQuotas(scratch); err != nil {
-			return nil, err
-		}
+	if err := a.sizeShm(req.ShmSize); err != nil {
+		return nil, err
 	}
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
@@ -69,7 +58,7 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 	resp := &agent.SetupResponse{Kernel: unix.ByteSliceToString(u.Release[:]), Agent: a.o.Version, BootId: bootID}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.setup, a.podID, a.scratch, a.quotas = resp, req.PodId, scratch, quotas
+	a.setup, a.podID = resp, req.PodId
 	return resp, nil
 }
 
@@ -167,23 +156,66 @@ func sysctl(name, value string) error {
 	return nil
 }
 
-// mountShm makes the /dev/shm that all containers share.
-func (a *Agent) mountShm(size int64) error {
-	if size <= 0 {
-		size = shmSize
+// prepare makes what every pod has: /dev/shm, the containers' cgroup, the scratch disk. It is done
+// once; a clone has it from its template.
+func (a *Agent) prepare(ctx context.Context, scratchAddr string) error {
+	a.mu.Lock()
+	done := a.prepared
+	a.mu.Unlock()
+	if done {
+		return nil
 	}
+	if err := a.mountShm(); err != nil {
+		return err
+	}
+	if !a.o.NoCgroups {
+		if err := makePodCgroup(); err != nil {
+			return err
+		}
+	}
+	scratch, quotas := a.o.Root, (*quotas)(nil)
+	if scratchAddr != "" {
+		var err error
+		if scratch, err = a.mountScratch(ctx, scratchAddr); err != nil {
+			return err
+		}
+		if quotas, err = newQuotas(scratch); err != nil {
+			return err
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.prepared, a.scratch, a.quotas = true, scratch, quotas
+	return nil
+}
+
+const shmFlags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+
+// mountShm makes the /dev/shm that all containers share.
+func (a *Agent) mountShm() error {
 	dir := a.path("shm")
 	if err := os.MkdirAll(dir, 0o1777); err != nil {
 		return err
 	}
-	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
-	if err := unix.Mount("shm", dir, "tmpfs", flags, fmt.Sprintf("mode=1777,size=%d", size)); err != nil {
+	if err := unix.Mount("shm", dir, "tmpfs", shmFlags, fmt.Sprintf("mode=1777,size=%d", shmSize)); err != nil {
 		return fmt.Errorf("mount the pod's /dev/shm: %w", err)
 	}
 	return nil
 }
 
-// mountScratch mounts the disk for writable layers and emptyDirs, and returns where.
+// sizeShm gives /dev/shm another size than the usual one, in bytes; 0 leaves it.
+func (a *Agent) sizeShm(size int64) error {
+	if size <= 0 || size == shmSize {
+		return nil
+	}
+	if err := unix.Mount("shm", a.path("shm"), "tmpfs", shmFlags|unix.MS_REMOUNT, fmt.Sprintf("size=%d", size)); err != nil {
+		return fmt.Errorf("give the pod's /dev/shm %d bytes: %w", size, err)
+	}
+	return nil
+}
+
+// mountScratch mounts the disk for writable layers and emptyDirs, and returns where. Its file is sparse,
+// and so its inode tables need not be cleared.
 func (a *Agent) mountScratch(ctx context.Context, addr string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, deviceWait)
 	defer cancel()
@@ -195,7 +227,7 @@ func (a *Agent) mountScratch(ctx context.Context, addr string) (string, error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return "", err
 	}
-	if err := unix.Mount(dev, dir, "ext4", 0, "discard"); err != nil {
+	if err := unix.Mount(dev, dir, "ext4", 0, "discard,noinit_itable"); err != nil {
 		return "", fmt.Errorf("mount the scratch disk %s (%s): %w", addr, dev, err)
 	}
 	for _, sub := range []string{"layers", "volumes"} {

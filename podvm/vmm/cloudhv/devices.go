@@ -92,7 +92,7 @@ func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
 	}
 	v.mu.Unlock()
 	if !ok {
-		return fmt.Errorf("remove disk %s: %w", serial, errdefs.ErrNotFound)
+		return fmt.Errorf("remove disk %s: %w", serial, v.explain(errdefs.ErrNotFound))
 	}
 	if err := v.remove(ctx, id, gone); err != nil {
 		return fmt.Errorf("remove disk %s: %w", serial, v.explain(err))

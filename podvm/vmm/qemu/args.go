@@ -41,6 +41,10 @@ func (s shape) args(c vmm.Config) []string {
 		"-device", "isa-serial,chardev=console",
 		"-device", "pvpanic",
 	}
+	if d := c.Disk; d != nil {
+		args = append(args, "-blockdev", blockdev(*d).String(),
+			"-device", fmt.Sprintf("virtio-blk-pci,id=%s,drive=%s,serial=%s", diskID+d.Serial, diskID+d.Serial+backing, d.Serial))
+	}
 	args = append(args, s.cpu()...)
 	args = append(args, s.memory(c)...)
 	if c.Template != "" {

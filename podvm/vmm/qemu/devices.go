@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -24,6 +25,15 @@ const (
 // args of a command.
 type object map[string]any
 
+// String is JSON, which QEMU's command line takes too.
+func (o object) String() string {
+	data, err := json.Marshal(o)
+	if err != nil {
+		panic(err) // unreachable: strings and booleans
+	}
+	return string(data)
+}
+
 // AddDisk implements vmm.VM.
 func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 	if err := vmm.CheckSerial(d.Serial); err != nil {
@@ -36,18 +46,12 @@ func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 		v.release(d.Serial)
 		return "", fmt.Errorf("add disk %s: %w", d.Serial, v.explain(err))
 	}
-	return "serial:" + d.Serial, nil
+	return vmm.SerialAddress(d.Serial), nil
 }
 
 func (v *vm) addDisk(ctx context.Context, d vmm.Disk) error {
 	id := diskID + d.Serial
-	file := object{"driver": "file", "filename": d.Path, "discard": "unmap"}
-	if strings.HasPrefix(d.Path, "/dev/") {
-		file["driver"] = "host_device"
-	}
-	if err := v.execute(ctx, "blockdev-add", object{
-		"driver": "raw", "node-name": id + backing, "read-only": d.ReadOnly, "discard": "unmap", "file": file,
-	}, nil); err != nil {
+	if err := v.execute(ctx, "blockdev-add", blockdev(d), nil); err != nil {
 		return err
 	}
 	err := v.execute(ctx, "device_add", object{"driver": "virtio-blk-pci", "id": id, "drive": id + backing, "serial": d.Serial}, nil)
@@ -55,6 +59,17 @@ func (v *vm) addDisk(ctx context.Context, d vmm.Disk) error {
 		err = errors.Join(err, v.execute(context.WithoutCancel(ctx), "blockdev-del", object{"node-name": id + backing}, nil))
 	}
 	return err
+}
+
+// blockdev is the block node behind a disk. Source: qapi/block-core.json of QEMU.
+func blockdev(d vmm.Disk) object {
+	file := object{"driver": "file", "filename": d.Path, "discard": "unmap"}
+	if strings.HasPrefix(d.Path, "/dev/") {
+		file["driver"] = "host_device"
+	}
+	return object{
+		"driver": "raw", "node-name": diskID + d.Serial + backing, "read-only": d.ReadOnly, "discard": "unmap", "file": file,
+	}
 }
 
 // claim notes a disk, unless its serial is in use.
@@ -80,7 +95,7 @@ func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
 	_, ok := v.disks[serial]
 	v.mu.Unlock()
 	if !ok {
-		return fmt.Errorf("remove disk %s: %w", serial, errdefs.ErrNotFound)
+		return fmt.Errorf("remove disk %s: %w", serial, v.explain(errdefs.ErrNotFound))
 	}
 	id := diskID + serial
 	err := v.unplug(ctx, id)

@@ -15,6 +15,8 @@ import (
 const (
 	resizeStep  = 20 * time.Millisecond
 	resizeStall = 5 * time.Second // no progress for so long: it has reached what it can
+	// cpuStall is how long it may take to let a vCPU go: it first moves what runs there.
+	cpuStall = 15 * time.Second
 )
 
 // Resize implements vmm.VM.
@@ -73,14 +75,30 @@ func (v *vm) setCPUs(ctx context.Context, n int) error {
 			if err := v.control.execute(ctx, "device_add", device, nil); err != nil {
 				return err
 			}
-		case len(used) > n && len(used) > v.shape.Size.CPUs:
-			if err := v.unplug(ctx, fmt.Sprint(cpuID, len(used)-1)); err != nil {
+		case len(used) > max(n, v.shape.Size.CPUs) && v.canUnplugCPUs():
+			gone, err := v.unplugCPU(ctx, fmt.Sprint(cpuID, len(used)-1))
+			if err != nil || !gone {
 				return err
 			}
 		default:
 			return nil // reached, or as near as those that it was booted with allow
 		}
 	}
+}
+
+// canUnplugCPUs is false under emulation, where QEMU corrupts its own memory when a vCPU is plugged
+// in once more: it never forgets the thread of the one before.
+func (v *vm) canUnplugCPUs() bool { return v.shape.Accel == KVM }
+
+// unplugCPU takes a vCPU from the guest, unless the guest keeps it.
+func (v *vm) unplugCPU(ctx context.Context, id string) (gone bool, err error) {
+	limited, cancel := context.WithTimeout(ctx, cpuStall)
+	defer cancel()
+	err = v.unplug(limited, id)
+	if err != nil && limited.Err() != nil && ctx.Err() == nil {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 func (v *vm) setMemory(ctx context.Context, memory int64) error {

@@ -47,6 +47,9 @@ func newVM(c vmm.Config, s shape, p *process.Process, l tail.Pair) *vm {
 		info:  vmm.Info{PID: p.PID(), Size: s.Size},
 		disks: map[string]bool{}, removed: map[string]chan struct{}{},
 	}
+	if c.Disk != nil {
+		v.disks[c.Disk.Serial] = true
+	}
 	v.again, v.paused = c.Template != "", c.Template != ""
 	v.dialing <- struct{}{}
 	return v

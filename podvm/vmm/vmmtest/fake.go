@@ -21,6 +21,8 @@ import (
 type Fake struct {
 	// Serve answers one stream, and closes it. It is called in a goroutine of its own.
 	Serve func(vm *FakeVM, c net.Conn)
+	// Refuse, where set, is why a VM does not start.
+	Refuse func(vmm.Config) error
 
 	mu   sync.Mutex
 	vms  map[string]*FakeVM // by Config.Dir
@@ -68,6 +70,11 @@ func (f *Fake) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	if err := f.failure(ctx, "Launch"); err != nil {
 		return nil, err
 	}
+	if f.Refuse != nil {
+		if err := f.Refuse(c); err != nil {
+			return nil, err
+		}
+	}
 	entries, err := os.ReadDir(c.Dir)
 	if err != nil {
 		return nil, err
@@ -84,6 +91,12 @@ func (f *Fake) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 		return nil, err
 	}
 	v := &FakeVM{driver: f, config: c, size: c.Size, done: make(chan struct{}), disks: map[string]vmm.Disk{}}
+	if c.Disk != nil {
+		if _, err := os.Stat(c.Disk.Path); err != nil {
+			return nil, err
+		}
+		v.disks[c.Disk.Serial] = *c.Disk
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.vms == nil {
@@ -254,7 +267,7 @@ func (v *FakeVM) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if s.CPUs > v.config.Max.CPUs || s.Memory > v.config.Max.Memory {
+	if s.CPUs < 1 || s.CPUs > v.config.Max.CPUs || s.Memory > v.config.Max.Memory {
 		return v.size, fmt.Errorf("size %+v is beyond %+v: %w", s, v.config.Max, errdefs.ErrOutOfRange)
 	}
 	v.size = s

@@ -1,0 +1,96 @@
+package podvm
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// oneTemplate is a store of one template, with a disk in it.
+type oneTemplate struct {
+	dir    string
+	err    error
+	failed atomic.Int32
+}
+
+func (o *oneTemplate) Template(context.Context, string) (string, error) { return o.dir, o.err }
+func (o *oneTemplate) Failed(string)                                    { o.failed.Add(1) }
+func (o *oneTemplate) Disk(dir string) string                           { return filepath.Join(dir, "disk.img") }
+
+// starts counts what metrics are told.
+type starts struct{ all, fallbacks atomic.Int32 }
+
+func (s *starts) ObserveStart([]Phase) { s.all.Add(1) }
+func (s *starts) ObserveFallback()     { s.fallbacks.Add(1) }
+
+func cloningNode(t *testing.T) (*node, *oneTemplate, *starts) {
+	n, template, seen := newNode(t), &oneTemplate{dir: t.TempDir()}, &starts{}
+	if err := os.WriteFile(template.Disk(template.dir), []byte("as the guest left it"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(template.Disk(template.dir), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.templates, n.starts = template, seen
+	n.start()
+	return n, template, seen
+}
+
+// TestPodsAreClones: each has a disk of its own that is the template's.
+func TestPodsAreClones(t *testing.T) {
+	n, template, seen := cloningNode(t)
+	a, b := n.pod(podConfig("a")), n.pod(podConfig("b"))
+	paths := map[string]bool{}
+	for _, p := range []*Pod{a, b} {
+		c := p.record.now().VM
+		if c.Template != template.dir {
+			t.Errorf("the record says template %q", c.Template)
+		}
+		if data, err := os.ReadFile(c.Disk.Path); err != nil || len(data) != 1<<20 || string(data[:6]) != "as the" {
+			t.Errorf("disk of %d bytes, %v", len(data), err)
+		}
+		paths[c.Disk.Path] = true
+	}
+	if len(paths) != 2 || seen.all.Load() != 2 || seen.fallbacks.Load() != 0 {
+		t.Errorf("%d disks, %d starts, %d fallbacks", len(paths), seen.all.Load(), seen.fallbacks.Load())
+	}
+}
+
+// TestFailedCloneIsBootedCold has no template, one whose disk is gone, and one that does not start.
+func TestFailedCloneIsBootedCold(t *testing.T) {
+	for name, spoil := range map[string]func(n *node, o *oneTemplate){
+		"no template": func(_ *node, o *oneTemplate) { o.err = errInjected },
+		"no disk":     func(_ *node, o *oneTemplate) { os.Remove(o.Disk(o.dir)) },
+		"no clone": func(n *node, _ *oneTemplate) {
+			n.driver.Refuse = func(c vmm.Config) error {
+				if c.Template != "" {
+					return errInjected
+				}
+				return nil
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, template, seen := cloningNode(t)
+			spoil(n, template)
+			p := n.pod(podConfig("web"))
+			c := p.record.now().VM
+			if c.Template != "" || seen.fallbacks.Load() != 1 || (template.failed.Load() == 1) != (name != "no template") {
+				t.Errorf("template %q, %d fallbacks, %d failures", c.Template, seen.fallbacks.Load(), template.failed.Load())
+			}
+			var st unix.Stat_t
+			if err := unix.Stat(c.Disk.Path, &st); err != nil || st.Size != 16<<20 {
+				t.Errorf("disk of %d bytes, %v: want one of its own", st.Size, err)
+			}
+		})
+	}
+}
