@@ -32,7 +32,7 @@ var rules = map[string][]string{
 	"podvm/vmm/cloudhv": {"podvm/vmm", "podvm/vmm/process", "podvm/vmm/tail", "internal"},
 	"podvm/vmm/process": {"internal"},
 	"podvm/vmm/tail":    {},
-	"podvm/vmm/vmmtest": {"podvm/vmm", "podvm/agent", "podvm/guestimage", "internal"},
+	"podvm/vmm/vmmtest": {"podvm/vmm", "podvm/agent", "podvm/guestimage", "imagestore/erofs", "internal"},
 	"imagestore":        {"internal"},
 	"network":           {"internal"},
 	"internal":          {},

@@ -256,12 +256,17 @@ func (v *vm) watch() {
 				v.proc.Kill(context.Background())
 			}
 		case <-v.proc.Done():
-			v.readEvents() // a panic may be the last that it said
+			if cause := v.readEvents(); cause != nil { // a panic may be the last that it said
+				v.condemn(cause)
+			}
 			v.end()
 			return
 		}
 	}
 }
+
+// errPanicked is a cause for which the guest's console has a better text.
+var errPanicked = errors.New("the guest's kernel panicked")
 
 // readEvents handles new events; it returns why the VM must end, if it must.
 func (v *vm) readEvents() error {
@@ -269,8 +274,7 @@ func (v *vm) readEvents() error {
 	for _, e := range all {
 		switch e.Source + " " + e.Event {
 		case "guest panic":
-			v.condemn(errors.New("the guest's kernel panicked"))
-			return v.cause
+			return errPanicked
 		case "vm rebooting", "vm shutdown":
 			return errors.New("the guest ended itself")
 		case "vm device-removed":
@@ -283,12 +287,15 @@ func (v *vm) readEvents() error {
 // end makes the VM's end visible.
 func (v *vm) end() {
 	v.forget()
-	words := v.logs.String()
+	words, panicked := v.logs.String(), v.logs.Panic()
 	v.logs.Close()
 	err := removeFiles(v.config.Dir)
 	v.mu.Lock()
 	cause := v.cause
-	if cause == nil {
+	switch cause {
+	case errPanicked:
+		cause = panicked
+	case nil:
 		cause = errors.New("the VMM ended by itself")
 		if status := v.proc.Err(); status != nil {
 			cause = fmt.Errorf("the VMM ended: %w", status)

@@ -79,6 +79,9 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	}
 	u.Push("close logs", func(context.Context) error { return l.Close() })
 	shape, err := d.shape(c)
+	if err == nil {
+		err = shape.checkMemory(c)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -199,6 +202,21 @@ func (d *Driver) shape(c vmm.Config) (shape, error) {
 		return s, fmt.Errorf("clone of %s: %w", c.Template, err)
 	}
 	return s, nil
+}
+
+// checkMemory sees that a clone's template has its memory: QEMU would make a file that is missing.
+func (s shape) checkMemory(c vmm.Config) error {
+	if c.Template == "" {
+		return nil
+	}
+	memory, err := os.Stat(filepath.Join(c.Template, s.Memory))
+	if err != nil {
+		return fmt.Errorf("clone of %s: %w", c.Template, err)
+	}
+	if memory.Size() != s.Size.Memory {
+		return fmt.Errorf("clone of %s: the memory file has %d bytes, want %d: %w", c.Template, memory.Size(), s.Size.Memory, errdefs.ErrDataLoss)
+	}
+	return nil
 }
 
 // removeFiles removes what the driver made in the VM's folder, but for its logs.

@@ -74,13 +74,6 @@ func (v *vm) hangUpForGood(ctx context.Context) error {
 func (v *vm) restore(ctx context.Context) error {
 	ctx, cancel := v.untilEnd(ctx)
 	defer cancel()
-	memory, err := os.Stat(filepath.Join(v.config.Template, v.shape.Memory))
-	if err != nil {
-		return err
-	}
-	if memory.Size() != v.shape.Size.Memory {
-		return fmt.Errorf("template %s: the memory file has %d bytes, want %d: %w", v.config.Template, memory.Size(), v.shape.Size.Memory, errdefs.ErrDataLoss)
-	}
 	state, err := os.Open(filepath.Join(v.config.Template, stateName))
 	if err != nil {
 		return err

@@ -204,10 +204,10 @@ func (v *vm) event(name string, data json.RawMessage) {
 	}
 	switch name {
 	case "GUEST_PANICKED":
-		v.doom(errors.New("the guest's kernel panicked"))
+		v.doom(errPanicked)
 	case "SHUTDOWN":
 		if d.Reason == "guest-panic" {
-			v.doom(errors.New("the guest's kernel panicked"))
+			v.doom(errPanicked)
 		} else {
 			v.doom(fmt.Errorf("the guest ended itself (%s)", d.Reason))
 		}
@@ -224,6 +224,9 @@ func (v *vm) event(name string, data json.RawMessage) {
 		v.tellMigration(d.Status)
 	}
 }
+
+// errPanicked is a cause for which the guest's console has a better text.
+var errPanicked = errors.New("the guest's kernel panicked")
 
 // doom has the watcher end the VM.
 func (v *vm) doom(cause error) {
@@ -244,11 +247,14 @@ func (v *vm) watch() {
 	<-v.proc.Done()
 	v.hangUp()
 	v.control.close()
-	words := v.logs.String()
+	words, panicked := v.logs.String(), v.logs.Panic()
 	err := errors.Join(v.logs.Close(), removeFiles(v.config.Dir))
 	v.mu.Lock()
 	cause := v.cause
-	if cause == nil {
+	switch cause {
+	case errPanicked:
+		cause = panicked
+	case nil:
 		cause = errors.New("the VMM ended by itself")
 		if status := v.proc.Err(); status != nil {
 			cause = fmt.Errorf("the VMM ended: %w", status)

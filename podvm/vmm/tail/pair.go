@@ -3,6 +3,7 @@ package tail
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 )
@@ -34,6 +35,25 @@ func (p Pair) Close() error { return errors.Join(p.Console.Close(), p.VMM.Close(
 
 // String is the end of both, to be appended to an error.
 func (p Pair) String() string { return words(p.Console.String(), p.VMM.String()) }
+
+// panicMark is how Linux begins to say why it panics, and panicMax how much of it is kept, in bytes.
+const (
+	panicMark = "Kernel panic - not syncing: "
+	panicMax  = 200
+)
+
+// Panic is why the guest's kernel panicked, in its own words, which the registers and stacks that it
+// shows after them may have driven out of the console's end.
+func (p Pair) Panic() error {
+	all, _ := os.ReadFile(p.Console.path) // what can't be read says nothing
+	_, reason, found := strings.Cut(string(all), panicMark)
+	if !found {
+		return errors.New("the guest's kernel panicked")
+	}
+	reason, _, _ = strings.Cut(reason, "\n")
+	reason = strings.TrimSpace(reason[:min(len(reason), panicMax)])
+	return fmt.Errorf("the guest's kernel panicked: %s", strings.ToValidUTF8(reason, "?"))
+}
 
 // LastWords is the same of a VM that nobody watched at its end.
 func LastWords(dir string) string { return words(Read(ConsolePath(dir)), Read(VMMPath(dir))) }

@@ -1,0 +1,314 @@
+package vmmtest
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+)
+
+// clones is how many there are at once.
+const clones = 6
+
+// template boots a VM, makes a template of it, and then clones.
+func (s *suite) template(t *testing.T) {
+	d, dir := s.newDriver(t), filepath.Join(t.TempDir(), "template")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	memory := filepath.Join(dir, "memory")
+	if err := os.WriteFile(s.ownDisk(dir).Path, diskText, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(s.ownDisk(dir).Path, diskSize); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("Snapshot", func(t *testing.T) { s.snapshot(t, d, dir, memory) })
+	if t.Failed() {
+		return
+	}
+	before := digest(t, memory)
+	t.Run("Clones", func(t *testing.T) { s.clones(t, d, dir) })
+	if digest(t, memory) != before {
+		t.Error("clones wrote to their template's memory")
+	}
+	t.Run("Damaged", func(t *testing.T) { s.damaged(t, d, dir, memory) })
+}
+
+// The disk that template and clones have from the beginning.
+var diskText = []byte("the template's")
+
+const diskSize = 8 * mib
+
+// ownDisk is that disk with its file in dir.
+func (s *suite) ownDisk(dir string) *vmm.Disk {
+	return &vmm.Disk{Serial: "own", Path: filepath.Join(dir, "disk")}
+}
+
+// snapshot makes a template in dir.
+func (s *suite) snapshot(t *testing.T, d vmm.Driver, dir, memory string) {
+	c := s.config(t, "template")
+	c.MemoryFile, c.Disk = memory, s.ownDisk(dir)
+	v := launch(t, d, c)
+	ctx := limited(t, bootLimit)
+	conn, err := v.Dial(ctx, vmm.AgentPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hangUp(t, ctx, conn)
+	snapshotter, ok := v.(vmm.Snapshotter)
+	if !ok {
+		t.Fatal("it has no snapshots")
+	}
+	if err := snapshotter.Snapshot(ctx, t.TempDir()); err == nil {
+		t.Error("a snapshot was made where the memory is not")
+	}
+	if err := snapshotter.Snapshot(ctx, dir); err != nil {
+		t.Fatal(err)
+	}
+	pid := v.Info().PID
+	if err := v.Kill(ctx); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, d, c, v, imageSerial, s.image, "killed")
+	processGone(t, pid)
+}
+
+// hangUp closes a connection and waits until the guest has.
+func hangUp(t *testing.T, ctx context.Context, conn io.ReadCloser) {
+	t.Helper()
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	half, ok := conn.(interface{ CloseWrite() error })
+	if !ok {
+		t.Fatalf("a stream to the guest, %T, can't be half-closed", conn)
+	}
+	if err := half.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, conn); err != nil {
+		t.Fatalf("the guest does not hang up: %v", err)
+	}
+}
+
+// clone is one of several.
+type clone struct {
+	config vmm.Config
+	vm     vmm.VM
+	guest  *guest
+	random map[string]string
+	mark   []byte
+}
+
+// clones runs several at once, which must not have anything in common that is secret.
+func (s *suite) clones(t *testing.T, d vmm.Driver, dir string) {
+	all := make([]*clone, clones)
+	var group sync.WaitGroup
+	for i := range all {
+		c := s.config(t, fmt.Sprint("clone-", i))
+		c.Template, c.Disk = dir, s.ownDisk(t.TempDir())
+		copyFile(t, s.ownDisk(dir).Path, c.Disk.Path, diskSize)
+		all[i] = &clone{config: c, mark: bytes.Repeat([]byte{byte('A' + i)}, mib)}
+		group.Go(func() {
+			if err := all[i].run(t, d, s.image); err != nil {
+				t.Errorf("clone %d: %v", i, err)
+			}
+		})
+	}
+	group.Wait()
+	if t.Failed() {
+		return
+	}
+	seen := map[string]string{}
+	for _, c := range all {
+		for source, value := range c.random {
+			if other := seen[value]; value == "" || other != "" {
+				t.Errorf("%s of %s is %q, the same as %s", source, c.config.ID, value, other)
+			}
+			seen[value] = source + " of " + c.config.ID
+		}
+		var got []byte
+		if err := call(limited(t, callLimit), c.guest.Client, "Read", Span{Path: markPath, Size: 2 * mib}, &got); err != nil || !bytes.Equal(got, c.mark) {
+			t.Errorf("%s has lost what it wrote: %d bytes, %v", c.config.ID, len(got), err)
+		}
+		if disk, err := os.ReadFile(c.config.Disk.Path); err != nil || !bytes.HasPrefix(disk, diskText) || !bytes.HasPrefix(disk[mib:], c.mark) {
+			t.Errorf("%s has lost what it wrote to its disk, %v", c.config.ID, err)
+		}
+	}
+	t.Run("Panic", func(t *testing.T) { panics(t, d, all[0], s.image) })
+	t.Run("Kill", func(t *testing.T) {
+		c, pid := all[1], all[1].vm.Info().PID
+		if err := c.vm.Kill(limited(t, callLimit)); err != nil {
+			t.Fatal(err)
+		}
+		gone(t, d, c.config, c.vm, imageSerial, s.image, "killed")
+		processGone(t, pid)
+	})
+	t.Run("Attach", func(t *testing.T) { s.attachClone(t, all[2]) })
+}
+
+const markPath = "/dev/shm/mark"
+
+// run starts the clone, reads the random sources of its guest, and writes to its memory. Its VM ends
+// with the test.
+func (c *clone) run(t *testing.T, d vmm.Driver, image string) (err error) {
+	ctx := limited(t, bootLimit)
+	if c.vm, err = d.Launch(ctx, c.config); err != nil {
+		return err
+	}
+	t.Cleanup(func() {
+		if err := c.vm.Kill(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	c.guest = inside(t, c.vm)
+	bootID, err := c.guest.setup(ctx, c.config.ID)
+	if err != nil {
+		return err
+	}
+	address, err := addImage(ctx, c.vm, image)
+	if err != nil {
+		return err
+	}
+	if err := c.guest.enter(ctx, address, &agent.BlockDevice{Addr: vmm.SerialAddress(c.config.Disk.Serial)}); err != nil {
+		return err
+	}
+	var text []byte
+	if err := call(ctx, c.guest.Client, "Read", Span{Path: devicePath, Size: len(diskText)}, &text); err != nil || !bytes.Equal(text, diskText) {
+		return fmt.Errorf("its disk has %q: %w", text, errors.Join(err, errdefs.ErrDataLoss))
+	}
+	if err := call(ctx, c.guest.Client, "Write", Span{Path: devicePath, Offset: mib, Data: c.mark}, &struct{}{}); err != nil {
+		return err
+	}
+	const proc = "/proc/sys/kernel/random/"
+	c.random = map[string]string{}
+	for _, path := range []string{proc + "uuid", proc + "boot_id"} {
+		if c.random[path], err = c.guest.text(ctx, path); err != nil {
+			return err
+		}
+	}
+	if c.random[proc+"boot_id"] != bootID {
+		return fmt.Errorf("its containers see the boot id %q, the agent says %q", c.random[proc+"boot_id"], bootID)
+	}
+	for _, path := range []string{"/dev/urandom", "/dev/random"} {
+		var data []byte
+		if err := call(ctx, c.guest.Client, "Read", Span{Path: path, Size: 16}, &data); err != nil {
+			return err
+		}
+		c.random[path] = fmt.Sprintf("%x", data)
+	}
+	return call(ctx, c.guest.Client, "Write", Span{Path: markPath, Data: c.mark}, &struct{}{})
+}
+
+// panics has a guest's kernel panic.
+func panics(t *testing.T, d vmm.Driver, c *clone, image string) {
+	pid := c.vm.Info().PID
+	go call(t.Context(), c.guest.Client, "Write", Span{Path: "/proc/sysrq-trigger", Data: []byte("c")}, &struct{}{})
+	gone(t, d, c.config, c.vm, imageSerial, image, "panicked: sysrq triggered crash")
+	processGone(t, pid)
+}
+
+// attachClone finds a clone with another driver, once the first has hung up with it.
+func (s *suite) attachClone(t *testing.T, c *clone) {
+	bad := c.config
+	bad.Dir = t.TempDir()
+	if _, err := s.newDriver(t).Attach(limited(t, callLimit), bad); !errors.Is(err, vmm.ErrGone) {
+		t.Errorf("attach to nothing: got %v, want %v", err, vmm.ErrGone)
+	}
+	if err := unix.Kill(c.vm.Info().PID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, s.newDriver(t), c.config, c.vm, imageSerial, s.image)
+}
+
+// damaged has templates that can't be cloned.
+func (s *suite) damaged(t *testing.T, d vmm.Driver, dir, memory string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Size() == 0 {
+			continue // there is nothing to lose
+		}
+		if path == s.ownDisk(dir).Path {
+			continue // each clone brings its own
+		}
+		t.Run("cut short "+e.Name(), func(t *testing.T) {
+			s.cutShort(t, d, dir, path, info.Size())
+		})
+	}
+	t.Run("no memory", func(t *testing.T) {
+		if err := os.Remove(memory); err != nil {
+			t.Fatal(err)
+		}
+		s.refusesClone(t, d, dir)
+	})
+}
+
+// cutShort takes away the half of a file, and puts it back afterwards.
+func (s *suite) cutShort(t *testing.T, d vmm.Driver, dir, path string, size int64) {
+	whole := path + ".whole"
+	if err := os.Rename(path, whole); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Rename(whole, path)
+	copyFile(t, whole, path, size/2)
+	s.refusesClone(t, d, dir)
+}
+
+// copyFile copies the first size bytes.
+func copyFile(t *testing.T, from, to string, size int64) {
+	t.Helper()
+	source, err := os.Open(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	target, err := os.Create(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer target.Close()
+	if _, err := io.CopyN(target, source, size); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (s *suite) refusesClone(t *testing.T, d vmm.Driver, dir string) {
+	t.Helper()
+	c := s.config(t, "damaged")
+	c.Template, c.Disk = dir, s.ownDisk(dir)
+	refused(t, s, func(ctx context.Context) error { _, err := d.Launch(ctx, c); return err }, c.Dir)
+}
+
+func digest(t *testing.T, path string) [sha256.Size]byte {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		t.Fatal(err)
+	}
+	return [sha256.Size]byte(h.Sum(nil))
+}
