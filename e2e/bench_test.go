@@ -27,11 +27,17 @@ const (
 	idleVar = "CAISSON_BENCH_IDLE"
 )
 
-// BenchmarkPods measures a daemon whose pods are clones beside one whose pods boot, and beside the
-// bare boot of their guest. The number of iterations is the number of pods.
+// BenchmarkPods measures a daemon whose pods are clones beside one whose pods boot, beside the bare
+// boot of their guest, and, where they are installed, beside containerd and runc. The number of
+// iterations is the number of pods.
 func BenchmarkPods(b *testing.B) {
 	o := measure.Options{Runs: b.N, Image: images.Busybox}
 	fmt.Sscan(os.Getenv(idleVar), &o.Idle)
+	if harness.HasContainerd() {
+		o.Endpoints = append(o.Endpoints, measure.Endpoint{Name: "runc", Address: harness.StartContainerd(b)})
+	} else {
+		b.Log("containerd and runc are not installed: not compared with them")
+	}
 	for _, kind := range []struct{ name, template string }{{"boot", "pod"}, {"clone", "node"}} {
 		d := harness.Start(b, func(c *harness.Config) { c.VM.Template = kind.template })
 		d.Pull(images.Busybox)

@@ -101,7 +101,9 @@ func testRotation(t *testing.T, d *harness.Daemon, pod *harness.Pod) {
 		t.Fatal(err)
 	}
 	harness.Eventually(t, "the new log grows", some(c.LogFile()))
-	c.Exec("touch", "/stop")
+	if _, err := c.TryExec(30, "touch", "/stop"); err != nil { // its exit code: it may be killed with the container
+		t.Fatal(err)
+	}
 	c.Wait()
 	fresh := c.Output("stdout")
 	if err := os.Rename(old, c.LogFile()); err != nil {

@@ -59,7 +59,9 @@ func TestRestart(t *testing.T) {
 	}
 	made.Start()
 	made.Exec("true")
-	writer.Exec("touch", "/stop")
+	if _, err := writer.TryExec(30, "touch", "/stop"); err != nil { // it may be killed with the container
+		t.Fatal(err)
+	}
 	if s := writer.Wait(); s.ExitCode != 0 {
 		t.Errorf("the writer: %d, %q", s.ExitCode, s.Message)
 	}
