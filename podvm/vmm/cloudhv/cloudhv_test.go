@@ -16,6 +16,7 @@ import (
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
+	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
 // program writes an executable that prints text.
@@ -27,6 +28,8 @@ func program(t *testing.T, text string) string {
 	}
 	return path
 }
+
+func TestMain(m *testing.M) { vmmtest.Main(m) }
 
 func TestVersionIsChecked(t *testing.T) {
 	for _, tt := range []struct {
@@ -201,6 +204,24 @@ func TestMemoryIsPluggedInBlocks(t *testing.T) {
 	} {
 		if got := v.plan(tt.ask); got != tt.want {
 			t.Errorf("plan(%d) = %d, want %d", tt.ask, got, tt.want)
+		}
+	}
+}
+
+func TestTemplateMustHaveItsMemory(t *testing.T) {
+	c := vmm.Config{Template: t.TempDir(), Dir: t.TempDir()}
+	config := []byte(`{"memory":{"zones":[{"id":"mem0","size":4096,"file":"/old/memory","hotplug_size":18446744073709551615}]}}`)
+	for _, tt := range []struct {
+		bytes int64
+		want  error
+	}{{-1, os.ErrNotExist}, {2048, errdefs.ErrDataLoss}, {4096, nil}} {
+		if tt.bytes >= 0 {
+			if err := os.WriteFile(filepath.Join(c.Template, "memory"), make([]byte, tt.bytes), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := checkMemory(config, c); !errors.Is(err, tt.want) {
+			t.Errorf("%d bytes: got %v, want %v", tt.bytes, err, tt.want)
 		}
 	}
 }

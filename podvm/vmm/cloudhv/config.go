@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/caisson-vm/caisson/podvm/vmm"
 	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
@@ -141,6 +143,9 @@ func cloneDir(c vmm.Config) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("clone of %s: %w", c.Template, err)
 	}
+	if err := checkMemory(data, c); err != nil {
+		return "", fmt.Errorf("clone of %s: %w", c.Template, err)
+	}
 	data, err = cloneConfig(data, c)
 	if err != nil {
 		return "", fmt.Errorf("clone of %s: config.json: %w", c.Template, err)
@@ -154,6 +159,35 @@ func cloneDir(c vmm.Config) (string, error) {
 		}
 	}
 	return dir, nil
+}
+
+// checkMemory sees that a template's memory is all there: a clone would die on the first page that is
+// not.
+func checkMemory(data []byte, c vmm.Config) error {
+	var snapshot struct {
+		Memory struct {
+			Zones []struct {
+				File string
+				Size int64
+			}
+		}
+	}
+	if err := json.Unmarshal(data, &snapshot); err != nil {
+		return fmt.Errorf("config.json: %w", err)
+	}
+	for _, zone := range snapshot.Memory.Zones {
+		if zone.File == "" {
+			continue
+		}
+		info, err := os.Stat(filepath.Join(c.Template, filepath.Base(zone.File)))
+		if err != nil {
+			return err
+		}
+		if info.Size() != zone.Size {
+			return fmt.Errorf("the memory file has %d bytes, want %d: %w", info.Size(), zone.Size, errdefs.ErrDataLoss)
+		}
+	}
+	return nil
 }
 
 // cloneConfig edits a snapshot's config.json, and leaves alone all that it does not know.

@@ -17,13 +17,13 @@ func ConsolePath(dir string) string { return filepath.Join(dir, "console.log") }
 // VMMPath is where the VMM's log is.
 func VMMPath(dir string) string { return filepath.Join(dir, "vmm.log") }
 
-// OpenPair opens both.
-func OpenPair(dir string) (Pair, error) {
+// OpenPair opens both. Lines of the VMM that contain one of drop are not kept.
+func OpenPair(dir string, drop ...string) (Pair, error) {
 	console, err := Open(ConsolePath(dir))
 	if err != nil {
 		return Pair{}, err
 	}
-	vmm, err := Open(VMMPath(dir))
+	vmm, err := Open(VMMPath(dir), drop...)
 	if err != nil {
 		return Pair{}, errors.Join(err, console.Close())
 	}

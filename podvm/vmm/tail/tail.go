@@ -6,11 +6,13 @@
 package tail
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
@@ -28,17 +30,19 @@ const (
 type Log struct {
 	path string
 	pipe *os.File
+	drop []string
 
 	mu   sync.Mutex
 	file *os.File
 	size int64
+	line []byte // the last one, unfinished, where lines are dropped
 }
 
 // PipePath is where the process writes to that logs to path.
 func PipePath(path string) string { return path + ".pipe" }
 
-// Open makes or finds the pipe, and goes on with the file.
-func Open(path string) (*Log, error) {
+// Open makes or finds the pipe, and goes on with the file. Lines that contain one of drop are not kept.
+func Open(path string, drop ...string) (*Log, error) {
 	if err := unix.Mkfifo(PipePath(path), 0o600); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("log %s: %w", path, err)
 	}
@@ -57,7 +61,7 @@ func Open(path string) (*Log, error) {
 		file.Close()
 		return nil, fmt.Errorf("log %s: %w", path, err)
 	}
-	l := &Log{path: path, pipe: pipe, file: file, size: info.Size()}
+	l := &Log{path: path, pipe: pipe, drop: drop, file: file, size: info.Size()}
 	go l.run()
 	return l, nil
 }
@@ -97,8 +101,49 @@ func (l *Log) drain(fd int) (moved int) {
 			return moved
 		}
 		moved += n
-		l.appendLocked(buf[:n])
+		l.takeLocked(buf[:n])
 	}
+}
+
+// lineMax is how much of a line is looked at before it is kept or dropped, in bytes.
+const lineMax = 4 << 10
+
+// takeLocked takes what was written, but for lines to be dropped.
+func (l *Log) takeLocked(b []byte) {
+	if len(l.drop) == 0 {
+		l.appendLocked(b)
+		return
+	}
+	l.line = append(l.line, b...)
+	n := bytes.LastIndexByte(l.line, '\n') + 1
+	if len(l.line)-n >= lineMax {
+		n = len(l.line)
+	}
+	l.siftLocked(n)
+}
+
+// siftLocked keeps or drops each of the lines in the first n bytes that wait.
+func (l *Log) siftLocked(n int) {
+	var kept []byte
+	for line := range bytes.Lines(l.line[:n]) {
+		if !slices.ContainsFunc(l.drop, func(word string) bool { return bytes.Contains(line, []byte(word)) }) {
+			kept = append(kept, line...)
+		}
+	}
+	l.line = slices.Clone(l.line[n:])
+	if len(kept) > 0 {
+		l.appendLocked(kept)
+	}
+}
+
+// flush takes all that was written by now, the unfinished line too.
+func (l *Log) flush() {
+	if raw, err := l.pipe.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { l.drain(int(fd)) })
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.siftLocked(len(l.line))
 }
 
 // appendLocked writes to the file. What the disk has no room for is lost, as with any log.
@@ -116,17 +161,13 @@ func (l *Log) appendLocked(b []byte) {
 
 // String is the end of the log, all that was written before the call.
 func (l *Log) String() string {
-	if raw, err := l.pipe.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { l.drain(int(fd)) })
-	}
+	l.flush()
 	return Read(l.path)
 }
 
 // Close ends the moving, after what is in the pipe. The file stays, the pipe goes when it is removed.
 func (l *Log) Close() error {
-	if raw, err := l.pipe.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { l.drain(int(fd)) })
-	}
+	l.flush()
 	err := l.pipe.Close()
 	l.mu.Lock()
 	defer l.mu.Unlock()

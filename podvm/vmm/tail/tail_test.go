@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-func open(t *testing.T, path string) (*Log, *os.File) {
+func open(t *testing.T, path string, drop ...string) (*Log, *os.File) {
 	t.Helper()
-	l, err := Open(path)
+	l, err := Open(path, drop...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,5 +65,41 @@ func TestNextDaemonGoesOn(t *testing.T) {
 	w.Write([]byte("three"))
 	if got := l.String(); got != "one two three" {
 		t.Fatalf("got %q", got)
+	}
+}
+
+func TestNoiseIsDropped(t *testing.T) {
+	l, w := open(t, filepath.Join(t.TempDir(), "vmm.log"), "noise", "hum")
+	for _, part := range []string{"one\nno", "ise 1\ntwo\n", "a hum\n\nthree\nnoise", " 2\nfo", "ur"} {
+		w.Write([]byte(part))
+	}
+	if got := l.String(); got != "one\ntwo\n\nthree\nfour" {
+		t.Fatalf("got %q", got)
+	}
+	w.Write([]byte(" and more\n" + strings.Repeat("x", 2*lineMax) + "\nnoise\nend"))
+	if got := l.String(); !strings.HasSuffix(got, "xx\nend") {
+		t.Fatalf("got %q", got)
+	}
+	if got := len(Read(l.path)); got != tailMax {
+		t.Fatalf("%d bytes, want %d", got, tailMax)
+	}
+}
+
+func TestReasonOfAPanic(t *testing.T) {
+	dir := t.TempDir()
+	p, err := OpenPair(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if got := p.Panic().Error(); got != "the guest's kernel panicked" {
+		t.Errorf("without a word: got %q", got)
+	}
+	text := "[ 1.0] Kernel panic - not syncing: Attempted to kill init!\r\n" + strings.Repeat("[ 1.0] registers\r\n", 200)
+	if err := os.WriteFile(ConsolePath(dir), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.Panic().Error(); got != "the guest's kernel panicked: Attempted to kill init!" {
+		t.Errorf("got %q", got)
 	}
 }

@@ -19,7 +19,7 @@ import (
 // Limits of steps, long enough for a guest that is emulated on a busy machine.
 const (
 	bootLimit = 3 * time.Minute
-	callLimit = time.Minute
+	callLimit = 2 * time.Minute
 )
 
 const mib = 1 << 20

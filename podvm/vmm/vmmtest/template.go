@@ -13,7 +13,6 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/vmm"
@@ -41,6 +40,7 @@ func (s *suite) template(t *testing.T) {
 	}
 	before := digest(t, memory)
 	t.Run("Clones", func(t *testing.T) { s.clones(t, d, dir) })
+	t.Run("Attach", func(t *testing.T) { s.attachClone(t, dir) })
 	if digest(t, memory) != before {
 		t.Error("clones wrote to their template's memory")
 	}
@@ -117,10 +117,7 @@ func (s *suite) clones(t *testing.T, d vmm.Driver, dir string) {
 	all := make([]*clone, clones)
 	var group sync.WaitGroup
 	for i := range all {
-		c := s.config(t, fmt.Sprint("clone-", i))
-		c.Template, c.Disk = dir, s.ownDisk(t.TempDir())
-		copyFile(t, s.ownDisk(dir).Path, c.Disk.Path, diskSize)
-		all[i] = &clone{config: c, mark: bytes.Repeat([]byte{byte('A' + i)}, mib)}
+		all[i] = &clone{config: s.cloneConfig(t, fmt.Sprint("clone-", i), dir), mark: bytes.Repeat([]byte{byte('A' + i)}, mib)}
 		group.Go(func() {
 			if err := all[i].run(t, d, s.image); err != nil {
 				t.Errorf("clone %d: %v", i, err)
@@ -156,7 +153,15 @@ func (s *suite) clones(t *testing.T, d vmm.Driver, dir string) {
 		gone(t, d, c.config, c.vm, imageSerial, s.image, "killed")
 		processGone(t, pid)
 	})
-	t.Run("Attach", func(t *testing.T) { s.attachClone(t, all[2]) })
+}
+
+// cloneConfig is that of a clone of the template in dir, with its own disk.
+func (s *suite) cloneConfig(t *testing.T, id, dir string) vmm.Config {
+	t.Helper()
+	c := s.config(t, id)
+	c.Template, c.Disk = dir, s.ownDisk(t.TempDir())
+	copyFile(t, s.ownDisk(dir).Path, c.Disk.Path, diskSize)
+	return c
 }
 
 const markPath = "/dev/shm/mark"
@@ -220,17 +225,24 @@ func panics(t *testing.T, d vmm.Driver, c *clone, image string) {
 	processGone(t, pid)
 }
 
-// attachClone finds a clone with another driver, once the first has hung up with it.
-func (s *suite) attachClone(t *testing.T, c *clone) {
-	bad := c.config
-	bad.Dir = t.TempDir()
-	if _, err := s.newDriver(t).Attach(limited(t, callLimit), bad); !errors.Is(err, vmm.ErrGone) {
-		t.Errorf("attach to nothing: got %v, want %v", err, vmm.ErrGone)
-	}
-	if err := unix.Kill(c.vm.Info().PID, unix.SIGKILL); err != nil {
+// attachClone finds a clone whose owner died.
+func (s *suite) attachClone(t *testing.T, dir string) {
+	c, d := s.cloneConfig(t, "orphan-clone", dir), s.newDriver(t)
+	sweep(t, d, c)
+	bootID, _ := orphan(t, c, s.image)
+	ctx := limited(t, callLimit)
+	v, err := d.Attach(ctx, c)
+	if err != nil {
 		t.Fatal(err)
 	}
-	gone(t, s.newDriver(t), c.config, c.vm, imageSerial, s.image)
+	if again, err := inside(t, v).setup(ctx, c.ID); err != nil || again != bootID {
+		t.Fatalf("set up what was set up: got %q, %v, want %q", again, err, bootID)
+	}
+	refusals(t, v, c.Disk.Serial, c.Disk.Path)
+	if err := v.Kill(ctx); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, d, c, v, imageSerial, s.image, "killed")
 }
 
 // damaged has templates that can't be cloned.
