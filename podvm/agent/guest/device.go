@@ -77,12 +77,15 @@ func bySerial(serial string) string {
 	return ""
 }
 
-// node returns the device node of a folder in /sys, or "" while there is none.
+// node returns the device node of a folder in /sys, or "" while it can't be opened: the kernel shows a
+// disk before it serves it, and sends its event when it does.
 func node(sys string) string {
 	dev := filepath.Join("/dev", filepath.Base(sys))
-	if _, err := os.Stat(dev); err != nil {
+	f, err := os.Open(dev)
+	if err != nil {
 		return ""
 	}
+	f.Close()
 	return dev
 }
 
