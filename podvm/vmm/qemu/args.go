@@ -57,7 +57,13 @@ func (s shape) cpu() []string {
 	if s.Accel == KVM {
 		return []string{"-accel", "kvm", "-cpu", "host"}
 	}
-	return []string{"-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", translated), "-cpu", "max"}
+	// Where each vCPU has a thread, QEMU ends when one is plugged in while the buffer for translated
+	// code happens to be full; then they share one.
+	threads := "single"
+	if s.Size.CPUs == s.Max.CPUs {
+		threads = "multi"
+	}
+	return []string{"-accel", fmt.Sprintf("tcg,thread=%s,tb-size=%d", threads, translated), "-cpu", "max"}
 }
 
 // memory of the VM: what it starts with, and what can be plugged.

@@ -86,8 +86,8 @@ func (v *vm) setCPUs(ctx context.Context, n int) error {
 	}
 }
 
-// canUnplugCPUs is false under emulation, where QEMU corrupts its own memory when a vCPU is plugged
-// in once more: it never forgets the thread of the one before.
+// canUnplugCPUs is false under emulation: QEMU waits for the thread that it is in, or, where each vCPU
+// has its own, corrupts its memory when one is plugged in again.
 func (v *vm) canUnplugCPUs() bool { return v.shape.Accel == KVM }
 
 // unplugCPU takes a vCPU from the guest, unless the guest keeps it.
