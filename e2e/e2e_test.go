@@ -40,6 +40,7 @@ func TestPods(t *testing.T) {
 		{"BadNames", testBadNames},
 		{"BadExec", testBadExec},
 		{"GuestPanic", testGuestPanic},
+		{"Identity", testIdentity},
 	} {
 		t.Run(s.name, func(t *testing.T) { s.run(t, d.On(t)) })
 	}
