@@ -7,8 +7,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
 // noAnswer has a guest that never answers: its VMM is stopped while it boots.
@@ -29,8 +32,22 @@ func (s *suite) noAnswer(t *testing.T) {
 	if err := impatient(t, v, s.image); err == nil || !strings.Contains(err.Error(), "has not come up") || !strings.Contains(err.Error(), "console ends") {
 		t.Errorf("dial: got %v, want it to say that the guest has not come up, and its console's end", err)
 	}
+	// Who still waits is told at once that there is nothing to wait for any more.
+	dialled := make(chan error, 1)
+	go func() {
+		_, err := v.Dial(t.Context(), vmm.AgentPort)
+		dialled <- err
+	}()
 	if err := v.Kill(limited(t, callLimit)); err != nil {
 		t.Fatal(err)
+	}
+	select {
+	case err := <-dialled:
+		if !errors.Is(err, vmm.ErrGone) {
+			t.Errorf("dial a VM that ends: got %v, want %v", err, vmm.ErrGone)
+		}
+	case <-time.After(endLimit):
+		t.Error("dial has not noticed that the VM has ended")
 	}
 	gone(t, d, c, v, imageSerial, s.image, "killed")
 	processGone(t, pid)
@@ -40,25 +57,23 @@ func (s *suite) noAnswer(t *testing.T) {
 func (s *suite) noKernel(t *testing.T) {
 	c, d := s.config(t, "no-kernel"), s.newDriver(t)
 	c.Kernel = filepath.Join(s.dir, "no-kernel")
-	refused(t, s, func(ctx context.Context) error { _, err := d.Launch(ctx, c); return err }, c.Dir)
+	refused(t, d, c)
 }
 
 // refused sees that a launch fails and leaves nothing in the VM's folder but logs.
-func refused(t *testing.T, s *suite, launch func(context.Context) error, dir string) {
+func refused(t *testing.T, d vmm.Driver, c vmm.Config) {
 	t.Helper()
-	err := launch(limited(t, callLimit))
+	v, err := d.Launch(limited(t, callLimit), c)
 	if err == nil {
 		t.Error("it was launched")
+		if err := v.Kill(context.Background()); err != nil {
+			t.Error(err)
+		}
 		return
 	}
 	t.Log(err)
 	if errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("it hung: %v", err)
 	}
-	left, _ := filepath.Glob(filepath.Join(dir, "*"))
-	for _, file := range left {
-		if !strings.HasSuffix(file, ".log") {
-			t.Errorf("left behind: %s", file)
-		}
-	}
+	onlyLogs(t, c)
 }

@@ -20,6 +20,8 @@ import (
 const (
 	bootLimit = 3 * time.Minute
 	callLimit = 2 * time.Minute
+	// endLimit is for what is promised to be seen at once.
+	endLimit = 10 * time.Second
 )
 
 const mib = 1 << 20

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -34,11 +35,13 @@ func (s *suite) template(t *testing.T) {
 	if err := os.Truncate(s.ownDisk(dir).Path, diskSize); err != nil {
 		t.Fatal(err)
 	}
-	t.Run("Snapshot", func(t *testing.T) { s.snapshot(t, d, dir, memory) })
+	var cold time.Duration
+	t.Run("Snapshot", func(t *testing.T) { cold = s.snapshot(t, d, dir, memory) })
 	if t.Failed() {
 		return
 	}
 	before := digest(t, memory)
+	t.Run("Speed", func(t *testing.T) { s.speed(t, d, dir, cold) })
 	t.Run("Clones", func(t *testing.T) { s.clones(t, d, dir) })
 	t.Run("Attach", func(t *testing.T) { s.attachClone(t, dir) })
 	if digest(t, memory) != before {
@@ -57,17 +60,12 @@ func (s *suite) ownDisk(dir string) *vmm.Disk {
 	return &vmm.Disk{Serial: "own", Path: filepath.Join(dir, "disk")}
 }
 
-// snapshot makes a template in dir.
-func (s *suite) snapshot(t *testing.T, d vmm.Driver, dir, memory string) {
+// snapshot makes a template in dir, and returns how long its guest took to answer.
+func (s *suite) snapshot(t *testing.T, d vmm.Driver, dir, memory string) time.Duration {
 	c := s.config(t, "template")
 	c.MemoryFile, c.Disk = memory, s.ownDisk(dir)
-	v := launch(t, d, c)
 	ctx := limited(t, bootLimit)
-	conn, err := v.Dial(ctx, vmm.AgentPort)
-	if err != nil {
-		t.Fatal(err)
-	}
-	hangUp(t, ctx, conn)
+	v, cold := answers(t, d, c)
 	snapshotter, ok := v.(vmm.Snapshotter)
 	if !ok {
 		t.Fatal("it has no snapshots")
@@ -75,15 +73,48 @@ func (s *suite) snapshot(t *testing.T, d vmm.Driver, dir, memory string) {
 	if err := snapshotter.Snapshot(ctx, t.TempDir()); err == nil {
 		t.Error("a snapshot was made where the memory is not")
 	}
+	begin := time.Now()
 	if err := snapshotter.Snapshot(ctx, dir); err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("the snapshot took %v", time.Since(begin))
 	pid := v.Info().PID
 	if err := v.Kill(ctx); err != nil {
 		t.Fatal(err)
 	}
 	gone(t, d, c, v, imageSerial, s.image, "killed")
 	processGone(t, pid)
+	return cold
+}
+
+// answers launches a VM and measures how long its guest takes to answer and to hang up.
+func answers(t *testing.T, d vmm.Driver, c vmm.Config) (vmm.VM, time.Duration) {
+	t.Helper()
+	begin, ctx := time.Now(), limited(t, bootLimit)
+	v := launch(t, d, c)
+	conn, err := v.Dial(ctx, vmm.AgentPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hangUp(t, ctx, conn)
+	return v, time.Since(begin)
+}
+
+// speed compares clones, one at a time, with a cold boot. The machine may be busy with other things,
+// so that only a clone that gains nothing fails.
+func (s *suite) speed(t *testing.T, d vmm.Driver, dir string, cold time.Duration) {
+	best := cold
+	for i := range 3 {
+		v, took := answers(t, d, s.cloneConfig(t, fmt.Sprint("quick-", i), dir))
+		if err := v.Kill(limited(t, callLimit)); err != nil {
+			t.Fatal(err)
+		}
+		best = min(best, took)
+		t.Logf("a cold boot answered after %v, this clone after %v, 1/%.1f of it", cold, took, float64(cold)/float64(took))
+	}
+	if best > cold/2 {
+		t.Errorf("the quickest clone answered after %v, a cold boot after %v", best, cold)
+	}
 }
 
 // hangUp closes a connection and waits until the guest has.
@@ -308,7 +339,7 @@ func (s *suite) refusesClone(t *testing.T, d vmm.Driver, dir string) {
 	t.Helper()
 	c := s.config(t, "damaged")
 	c.Template, c.Disk = dir, s.ownDisk(dir)
-	refused(t, s, func(ctx context.Context) error { _, err := d.Launch(ctx, c); return err }, c.Dir)
+	refused(t, d, c)
 }
 
 func digest(t *testing.T, path string) [sha256.Size]byte {
