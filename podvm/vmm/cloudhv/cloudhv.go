@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/caisson-vm/caisson/internal/undo"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
 	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
@@ -105,7 +105,7 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	}
 	u.Push("forget VM", func(context.Context) error { v.forget(); return nil })
 	if err := v.boot(ctx); err != nil {
-		return nil, v.explain(err)
+		return nil, v.Explain(err)
 	}
 	u.Release()
 	go v.watch()
@@ -114,7 +114,7 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 
 // start runs the process. Its API socket listens before it does, so that nobody waits for it.
 func (d *Driver) start(c vmm.Config, l tail.Pair) (*process.Process, error) {
-	socket, err := listen(apiPath(c.Dir))
+	socket, err := machine.Listen(apiPath(c.Dir))
 	if err != nil {
 		return nil, err
 	}
@@ -140,17 +140,6 @@ func (d *Driver) start(c vmm.Config, l tail.Pair) (*process.Process, error) {
 	return p, nil
 }
 
-// listen makes a unix socket whose name stays when the listener is closed.
-func listen(path string) (*os.File, error) {
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, fmt.Errorf("listen: %w", err)
-	}
-	defer l.Close()
-	l.SetUnlinkOnClose(false)
-	return l.File()
-}
-
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	p, err := process.Load(processPath(c.Dir))
@@ -170,7 +159,7 @@ func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	}
 	close(v.ready)
 	if err := v.refresh(ctx); err != nil {
-		err = v.explain(err)
+		err = v.Explain(err)
 		v.forget()
 		return nil, errors.Join(err, l.Close())
 	}

@@ -15,7 +15,9 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
+	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
@@ -175,7 +177,7 @@ func TestUnansweredConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Kill(context.Background())
-	v := &vm{config: vmm.Config{Dir: dir}, proc: p}
+	v := &vm{VM: machine.New(vmm.Config{Dir: dir}, p, tail.Pair{})}
 	conn, err := v.connect(t.Context(), 1024)
 	if err != nil {
 		t.Fatalf("after no answer: %v", err)
@@ -198,7 +200,7 @@ func TestAPIErrorIsOneLine(t *testing.T) {
 }
 
 func TestMemoryIsPluggedInBlocks(t *testing.T) {
-	v := &vm{config: vmm.Config{Size: vmm.Size{Memory: 256 << 20}, Max: vmm.Size{Memory: 1<<30 + 5}}}
+	v := &vm{VM: &machine.VM{Config: vmm.Config{Size: vmm.Size{Memory: 256 << 20}, Max: vmm.Size{Memory: 1<<30 + 5}}}}
 	for _, tt := range []struct{ ask, want int64 }{
 		{0, 256 << 20}, {256 << 20, 256 << 20}, {256<<20 + 1, 384 << 20}, {512 << 20, 512 << 20}, {1 << 40, 1 << 30},
 	} {

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
 
@@ -124,7 +125,7 @@ func bootConfig(c vmm.Config) vmConfig {
 }
 
 func disk(d vmm.Disk) diskConfig {
-	return diskConfig{diskID + d.Serial, d.Path, d.ReadOnly, d.Serial, 1, "Raw"}
+	return diskConfig{machine.DiskID(d.Serial), d.Path, d.ReadOnly, d.Serial, 1, "Raw"}
 }
 
 // hotplugSize is how many bytes of memory can be added to a VM.

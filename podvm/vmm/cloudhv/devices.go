@@ -12,11 +12,11 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 )
 
 // Device ids begin with what the device is.
 const (
-	diskID = "disk-"
 	pmemID = "pmem-"
 	nicID  = "nic-"
 )
@@ -39,14 +39,14 @@ func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 		return "", fmt.Errorf("add disk %s: %w", d.Serial, err)
 	}
 	pmem := d.Shared && d.ReadOnly && info.Mode().IsRegular() && info.Size() > 0 && info.Size()%pmemBlock == 0
-	id := diskID + d.Serial
+	id := machine.DiskID(d.Serial)
 	if pmem {
 		id = pmemID + d.Serial
 	}
-	if !v.claim(d.Serial, id) {
+	if !v.Claim(d.Serial, id) {
 		return "", fmt.Errorf("add disk %s: %w", d.Serial, errdefs.ErrAlreadyExists)
 	}
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	var added pciDevice
 	if pmem {
@@ -55,8 +55,8 @@ func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 		err = v.api.put(ctx, "vm.add-disk", disk(d), &added)
 	}
 	if err != nil {
-		v.release(d.Serial)
-		return "", fmt.Errorf("add disk %s: %w", d.Serial, v.explain(err))
+		v.Release(d.Serial)
+		return "", fmt.Errorf("add disk %s: %w", d.Serial, v.Explain(err))
 	}
 	if pmem {
 		return "pci:" + added.BDF, nil
@@ -64,45 +64,23 @@ func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 	return vmm.SerialAddress(d.Serial), nil
 }
 
-// claim notes a disk, unless its serial is in use.
-func (v *vm) claim(serial, id string) bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if _, ok := v.devices[serial]; ok {
-		return false
-	}
-	v.devices[serial] = id
-	return true
-}
-
-func (v *vm) release(serial string) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	delete(v.devices, serial)
-}
-
 // RemoveDisk implements vmm.VM. The guest acknowledges the removal, and an event then says that
 // the device is gone.
 func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
-	v.mu.Lock()
-	id, ok := v.devices[serial]
-	gone := make(chan struct{})
-	if ok {
-		v.removed[id] = gone
-	}
-	v.mu.Unlock()
+	id, ok := v.Device(serial)
 	if !ok {
-		return fmt.Errorf("remove disk %s: %w", serial, v.explain(errdefs.ErrNotFound))
+		return fmt.Errorf("remove disk %s: %w", serial, v.Explain(errdefs.ErrNotFound))
 	}
-	if err := v.remove(ctx, id, gone); err != nil {
-		return fmt.Errorf("remove disk %s: %w", serial, v.explain(err))
+	if err := v.remove(ctx, id); err != nil {
+		return fmt.Errorf("remove disk %s: %w", serial, v.Explain(err))
 	}
-	v.release(serial)
+	v.Release(serial)
 	return nil
 }
 
-func (v *vm) remove(ctx context.Context, id string, gone <-chan struct{}) error {
-	ctx, cancel := v.untilEnd(ctx)
+func (v *vm) remove(ctx context.Context, id string) error {
+	gone := v.Leaving(id)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	if err := v.api.put(ctx, "vm.remove-device", map[string]string{"id": id}, nil); err != nil {
 		return err
@@ -115,22 +93,13 @@ func (v *vm) remove(ctx context.Context, id string, gone <-chan struct{}) error 
 	}
 }
 
-func (v *vm) deviceRemoved(id string) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if gone, ok := v.removed[id]; ok {
-		close(gone)
-		delete(v.removed, id)
-	}
-}
-
 // AddNIC implements vmm.VM. The descriptor travels beside the request.
 func (v *vm) AddNIC(ctx context.Context, n vmm.NIC) error {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	id := nicID + strings.ReplaceAll(n.MAC.String(), ":", "")
 	if err := v.api.putFile(ctx, "vm.add-net", netConfig{id, n.MAC.String()}, n.Tap); err != nil {
-		return fmt.Errorf("add network card %s: %w", n.MAC, v.explain(err))
+		return fmt.Errorf("add network card %s: %w", n.MAC, v.Explain(err))
 	}
 	return nil
 }
@@ -148,23 +117,21 @@ type vmInfo struct {
 
 // refresh asks the VMM what it has.
 func (v *vm) refresh(ctx context.Context) error {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	var i vmInfo
 	if err := v.api.call(ctx, http.MethodGet, "vm.info", nil, &i); err != nil {
 		return err
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.info.Size = vmm.Size{CPUs: i.Config.CPUs.Boot, Memory: i.MemoryActual}
+	v.SetSize(func(s *vmm.Size) { *s = vmm.Size{CPUs: i.Config.CPUs.Boot, Memory: i.MemoryActual} })
 	for _, d := range i.Config.Disks {
-		if serial, ok := strings.CutPrefix(d.ID, diskID); ok {
-			v.devices[serial] = d.ID
+		if serial, ok := strings.CutPrefix(d.ID, machine.DiskID("")); ok {
+			v.Claim(serial, d.ID)
 		}
 	}
 	for _, d := range i.Config.Pmem {
 		if serial, ok := strings.CutPrefix(d.ID, pmemID); ok {
-			v.devices[serial] = d.ID
+			v.Claim(serial, d.ID)
 		}
 	}
 	return nil
@@ -179,27 +146,27 @@ const (
 // Resize implements vmm.VM.
 // Source: PUT /vm.resize, /vm.resize-zone of Cloud Hypervisor.
 func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
-	if s.CPUs < 1 || s.CPUs > v.config.Max.CPUs || s.Memory > v.config.Max.Memory {
-		return v.Info().Size, fmt.Errorf("resize to %d vCPUs, %d bytes: at most %d, %d: %w", s.CPUs, s.Memory, v.config.Max.CPUs, v.config.Max.Memory, errdefs.ErrOutOfRange)
+	if s.CPUs < 1 || s.CPUs > v.Config.Max.CPUs || s.Memory > v.Config.Max.Memory {
+		return v.Info().Size, fmt.Errorf("resize to %d vCPUs, %d bytes: at most %d, %d: %w", s.CPUs, s.Memory, v.Config.Max.CPUs, v.Config.Max.Memory, errdefs.ErrOutOfRange)
 	}
 	v.resize.Lock()
 	defer v.resize.Unlock()
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	now := v.Info().Size
 	memory := v.plan(s.Memory)
 	if s.CPUs != now.CPUs {
 		if err := v.api.put(ctx, "vm.resize", map[string]int{"desired_vcpus": s.CPUs}, nil); err != nil {
-			return v.Info().Size, fmt.Errorf("resize: %w", v.explain(err))
+			return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
 		}
 	}
 	if memory != now.Memory {
 		if err := v.api.put(ctx, "vm.resize-zone", map[string]any{"id": zone, "desired_ram": memory}, nil); err != nil {
-			return v.Info().Size, fmt.Errorf("resize: %w", v.explain(err))
+			return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
 		}
 	}
 	if err := v.settle(ctx, memory); err != nil {
-		return v.Info().Size, fmt.Errorf("resize: %w", v.explain(err))
+		return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
 	}
 	return v.Info().Size, nil
 }
@@ -207,7 +174,7 @@ func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 // plan is the memory to ask for: what the VM was booted with can't be unplugged, and the rest comes
 // in blocks.
 func (v *vm) plan(memory int64) int64 {
-	base, most := v.config.Size.Memory, hotplugSize(v.config)
+	base, most := v.Config.Size.Memory, hotplugSize(v.Config)
 	blocks := (max(memory-base, 0) + memoryBlock - 1) / memoryBlock
 	return base + min(blocks*memoryBlock, most)
 }
@@ -238,16 +205,16 @@ func (v *vm) settle(ctx context.Context, memory int64) error {
 // mapping, so that Cloud Hypervisor writes only the devices' state.
 // Source: PUT /vm.pause, /vm.snapshot of Cloud Hypervisor.
 func (v *vm) Snapshot(ctx context.Context, dir string) error {
-	if filepath.Dir(v.config.MemoryFile) != filepath.Clean(dir) {
-		return fmt.Errorf("snapshot: the memory file %q is not in %s: %w", v.config.MemoryFile, dir, errdefs.ErrInvalidArgument)
+	if filepath.Dir(v.Config.MemoryFile) != filepath.Clean(dir) {
+		return fmt.Errorf("snapshot: the memory file %q is not in %s: %w", v.Config.MemoryFile, dir, errdefs.ErrInvalidArgument)
 	}
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	if err := v.api.put(ctx, "vm.pause", nil, nil); err != nil {
-		return fmt.Errorf("snapshot: %w", v.explain(err))
+		return fmt.Errorf("snapshot: %w", v.Explain(err))
 	}
 	if err := v.api.put(ctx, "vm.snapshot", map[string]string{"destination_url": "file://" + dir}, nil); err != nil {
-		return fmt.Errorf("snapshot: %w", v.explain(err))
+		return fmt.Errorf("snapshot: %w", v.Explain(err))
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
 
@@ -43,7 +44,7 @@ func (s shape) args(c vmm.Config) []string {
 	}
 	if d := c.Disk; d != nil {
 		args = append(args, "-blockdev", blockdev(*d).String(),
-			"-device", fmt.Sprintf("virtio-blk-pci,id=%s,drive=%s,serial=%s", diskID+d.Serial, diskID+d.Serial+backing, d.Serial))
+			"-device", fmt.Sprintf("virtio-blk-pci,id=%s,drive=%s,serial=%s", machine.DiskID(d.Serial), machine.DiskID(d.Serial)+backing, d.Serial))
 	}
 	args = append(args, s.cpu()...)
 	args = append(args, s.memory(c)...)

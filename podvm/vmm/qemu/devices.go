@@ -11,12 +11,12 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 )
 
 // Device ids begin with what the device is; the block node behind a disk has the id of the disk
 // and this ending.
 const (
-	diskID  = "disk-"
 	nicID   = "nic-"
 	cpuID   = "cpu-"
 	backing = "-file"
@@ -39,18 +39,18 @@ func (v *vm) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 	if err := vmm.CheckSerial(d.Serial); err != nil {
 		return "", err
 	}
-	if !v.claim(d.Serial) {
+	if !v.Claim(d.Serial, machine.DiskID(d.Serial)) {
 		return "", fmt.Errorf("add disk %s: %w", d.Serial, errdefs.ErrAlreadyExists)
 	}
 	if err := v.addDisk(ctx, d); err != nil {
-		v.release(d.Serial)
-		return "", fmt.Errorf("add disk %s: %w", d.Serial, v.explain(err))
+		v.Release(d.Serial)
+		return "", fmt.Errorf("add disk %s: %w", d.Serial, v.Explain(err))
 	}
 	return vmm.SerialAddress(d.Serial), nil
 }
 
 func (v *vm) addDisk(ctx context.Context, d vmm.Disk) error {
-	id := diskID + d.Serial
+	id := machine.DiskID(d.Serial)
 	if err := v.execute(ctx, "blockdev-add", blockdev(d), nil); err != nil {
 		return err
 	}
@@ -68,56 +68,33 @@ func blockdev(d vmm.Disk) object {
 		file["driver"] = "host_device"
 	}
 	return object{
-		"driver": "raw", "node-name": diskID + d.Serial + backing, "read-only": d.ReadOnly, "discard": "unmap", "file": file,
+		"driver": "raw", "node-name": machine.DiskID(d.Serial) + backing, "read-only": d.ReadOnly, "discard": "unmap", "file": file,
 	}
-}
-
-// claim notes a disk, unless its serial is in use.
-func (v *vm) claim(serial string) bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if _, ok := v.disks[serial]; ok {
-		return false
-	}
-	v.disks[serial] = true
-	return true
-}
-
-func (v *vm) release(serial string) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	delete(v.disks, serial)
 }
 
 // RemoveDisk implements vmm.VM. The guest acknowledges the removal, then the file is closed.
 func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
-	v.mu.Lock()
-	_, ok := v.disks[serial]
-	v.mu.Unlock()
+	id, ok := v.Device(serial)
 	if !ok {
-		return fmt.Errorf("remove disk %s: %w", serial, v.explain(errdefs.ErrNotFound))
+		return fmt.Errorf("remove disk %s: %w", serial, v.Explain(errdefs.ErrNotFound))
 	}
-	id := diskID + serial
 	err := v.unplug(ctx, id)
 	if err == nil {
 		err = v.execute(ctx, "blockdev-del", object{"node-name": id + backing}, nil)
 	}
 	if err != nil {
-		return fmt.Errorf("remove disk %s: %w", serial, v.explain(err))
+		return fmt.Errorf("remove disk %s: %w", serial, v.Explain(err))
 	}
-	v.release(serial)
+	v.Release(serial)
 	return nil
 }
 
 // unplug asks the guest to let a device go and waits until it is gone. A guest that is just
 // finding the device may miss the question, so it is asked again.
 func (v *vm) unplug(ctx context.Context, id string) error {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
-	gone := make(chan struct{})
-	v.mu.Lock()
-	v.removed[id] = gone
-	v.mu.Unlock()
+	gone := v.Leaving(id)
 	const again = 5 * time.Second
 	for {
 		err := v.control.execute(ctx, "device_del", object{"id": id}, nil)
@@ -137,21 +114,12 @@ func (v *vm) unplug(ctx context.Context, id string) error {
 	}
 }
 
-func (v *vm) deleted(id string) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if gone, ok := v.removed[id]; ok {
-		close(gone)
-		delete(v.removed, id)
-	}
-}
-
 // AddNIC implements vmm.VM. The descriptor travels beside the command.
 func (v *vm) AddNIC(ctx context.Context, n vmm.NIC) error {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	if err := v.addNIC(ctx, n); err != nil {
-		return fmt.Errorf("add network card %s: %w", n.MAC, v.explain(err))
+		return fmt.Errorf("add network card %s: %w", n.MAC, v.Explain(err))
 	}
 	return nil
 }

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/caisson-vm/caisson/internal/undo"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
 	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
@@ -92,11 +92,11 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	u.Push("kill VMM", p.Kill)
 	v := newVM(c, shape, p, l)
 	if err := v.connect(ctx); err != nil {
-		return nil, v.explain(err)
+		return nil, v.Explain(err)
 	}
 	if c.Template != "" {
 		if err := v.restore(ctx); err != nil {
-			return nil, v.explain(err)
+			return nil, v.Explain(err)
 		}
 	}
 	u.Release()
@@ -106,12 +106,12 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 
 // start runs the process. Its sockets listen before it does, so that nobody waits for them.
 func (d *Driver) start(c vmm.Config, s shape, l tail.Pair) (*process.Process, error) {
-	control, err := listen(qmpPath(c.Dir))
+	control, err := machine.Listen(qmpPath(c.Dir))
 	if err != nil {
 		return nil, err
 	}
 	defer control.Close()
-	channel, err := listen(channelPath(c.Dir))
+	channel, err := machine.Listen(channelPath(c.Dir))
 	if err != nil {
 		return nil, err
 	}
@@ -134,17 +134,6 @@ func (d *Driver) start(c vmm.Config, s shape, l tail.Pair) (*process.Process, er
 	return p, nil
 }
 
-// listen makes a unix socket whose name stays when the listener is closed.
-func listen(path string) (*os.File, error) {
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, fmt.Errorf("listen: %w", err)
-	}
-	defer l.Close()
-	l.SetUnlinkOnClose(false)
-	return l.File()
-}
-
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	p, err := process.Load(processPath(c.Dir))
@@ -165,11 +154,11 @@ func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	v := newVM(c, shape, p, l)
 	v.again = true
 	if err := v.connect(ctx); err != nil {
-		return nil, errors.Join(v.explain(err), l.Close())
+		return nil, errors.Join(v.Explain(err), l.Close())
 	}
 	if err := v.refresh(ctx); err != nil {
 		v.control.close()
-		return nil, errors.Join(v.explain(err), l.Close())
+		return nil, errors.Join(v.Explain(err), l.Close())
 	}
 	go v.watch()
 	return v, nil

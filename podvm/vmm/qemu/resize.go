@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 )
 
 // The guest plugs and unplugs memory at its own pace.
@@ -28,14 +29,14 @@ func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 	}
 	v.resize.Lock()
 	defer v.resize.Unlock()
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	err := v.setCPUs(ctx, s.CPUs)
 	if err == nil {
 		err = v.setMemory(ctx, s.Memory)
 	}
 	if err != nil {
-		return v.Info().Size, fmt.Errorf("resize: %w", v.explain(err))
+		return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
 	}
 	return v.Info().Size, nil
 }
@@ -61,9 +62,7 @@ func (v *vm) setCPUs(ctx context.Context, n int) error {
 				used = append(used, s)
 			}
 		}
-		v.mu.Lock()
-		v.info.Size.CPUs = len(used)
-		v.mu.Unlock()
+		v.SetSize(func(s *vmm.Size) { s.CPUs = len(used) })
 		switch {
 		case len(used) < n && len(free) > 0:
 			// They are listed from the last to the first, and the guest wants them in order.
@@ -138,9 +137,7 @@ func (v *vm) plugged(ctx context.Context) (int64, error) {
 	if err := v.control.execute(ctx, "qom-get", object{"path": "/machine/peripheral/" + pluggable, "property": "size"}, &size); err != nil {
 		return 0, err
 	}
-	v.mu.Lock()
-	v.info.Size.Memory = v.shape.Size.Memory + size
-	v.mu.Unlock()
+	v.SetSize(func(s *vmm.Size) { s.Memory = v.shape.Size.Memory + size })
 	return size, nil
 }
 
@@ -152,13 +149,11 @@ func (v *vm) refresh(ctx context.Context) error {
 	if err := v.execute(ctx, "qom-list", object{"path": "/machine/peripheral"}, &devices); err != nil {
 		return err
 	}
-	v.mu.Lock()
 	for _, d := range devices {
-		if serial, ok := strings.CutPrefix(d.Name, diskID); ok {
-			v.disks[serial] = true
+		if serial, ok := strings.CutPrefix(d.Name, machine.DiskID("")); ok {
+			v.Claim(serial, d.Name)
 		}
 	}
-	v.mu.Unlock()
 	var slots []slot
 	if err := v.execute(ctx, "query-hotpluggable-cpus", nil, &slots); err != nil {
 		return err
@@ -169,13 +164,11 @@ func (v *vm) refresh(ctx context.Context) error {
 			used++
 		}
 	}
-	v.mu.Lock()
-	v.info.Size.CPUs = used
-	v.mu.Unlock()
+	v.SetSize(func(s *vmm.Size) { s.CPUs = used })
 	if v.shape.hotplug() == 0 {
 		return nil
 	}
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	_, err := v.plugged(ctx)
 	return err

@@ -22,13 +22,13 @@ const stateName = "state"
 // after a boot.
 // Source: QMP migrate, capability x-ignore-shared.
 func (v *vm) Snapshot(ctx context.Context, dir string) error {
-	if filepath.Dir(v.config.MemoryFile) != filepath.Clean(dir) {
-		return fmt.Errorf("snapshot: the memory file %q is not in %s: %w", v.config.MemoryFile, dir, errdefs.ErrInvalidArgument)
+	if filepath.Dir(v.Config.MemoryFile) != filepath.Clean(dir) {
+		return fmt.Errorf("snapshot: the memory file %q is not in %s: %w", v.Config.MemoryFile, dir, errdefs.ErrInvalidArgument)
 	}
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	if err := v.snapshot(ctx, dir); err != nil {
-		return fmt.Errorf("snapshot: %w", v.explain(err))
+		return fmt.Errorf("snapshot: %w", v.Explain(err))
 	}
 	return nil
 }
@@ -63,7 +63,7 @@ func (v *vm) hangUpForGood(ctx context.Context) error {
 	}
 	v.hangUp()
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", channelPath(v.config.Dir))
+	conn, err := d.DialContext(ctx, "unix", channelPath(v.Config.Dir))
 	if err != nil {
 		return err
 	}
@@ -72,9 +72,9 @@ func (v *vm) hangUpForGood(ctx context.Context) error {
 
 // restore loads the template's state into a QEMU that waits for it, and runs the guest.
 func (v *vm) restore(ctx context.Context) error {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
-	state, err := os.Open(filepath.Join(v.config.Template, stateName))
+	state, err := os.Open(filepath.Join(v.Config.Template, stateName))
 	if err != nil {
 		return err
 	}

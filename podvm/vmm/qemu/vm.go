@@ -5,94 +5,66 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
-	"syscall"
-	"time"
 
 	"github.com/caisson-vm/caisson/internal/serialmux"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
 	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
 
 type vm struct {
-	config  vmm.Config
+	*machine.VM
 	shape   shape
-	proc    *process.Process
-	logs    tail.Pair
 	control *qmp
-	done    chan struct{} // closed when the VMM is gone, after info.Err was set
 	doomed  chan struct{} // gets a value when the guest must be ended
 
 	dialing chan struct{} // holds a value while nobody makes the session
 	resize  sync.Mutex    // one resize at a time; held across calls to QEMU, guards nothing else
 
 	mu      sync.Mutex
-	info    vmm.Info
-	disks   map[string]bool          // by serial; false while it is being added
-	removed map[string]chan struct{} // device id -> closed when it is gone
-	state   chan string              // migration states, while one goes on
+	state   chan string // migration states, while one goes on
 	session *serialmux.Session
-	again   bool  // the guest may have a session with a former host, or have been cloned in one
-	paused  bool  // by us, for a snapshot or until a clone runs
-	cause   error // why it ends
+	again   bool // the guest may have a session with a former host, or have been cloned in one
+	paused  bool // by us, for a snapshot or until a clone runs
 }
 
 func newVM(c vmm.Config, s shape, p *process.Process, l tail.Pair) *vm {
 	v := &vm{
-		config: c, shape: s, proc: p, logs: l,
-		done: make(chan struct{}), doomed: make(chan struct{}, 1), dialing: make(chan struct{}, 1),
-		info:  vmm.Info{PID: p.PID(), Size: s.Size},
-		disks: map[string]bool{}, removed: map[string]chan struct{}{},
+		VM: machine.New(c, p, l), shape: s, doomed: make(chan struct{}, 1), dialing: make(chan struct{}, 1),
+		again: c.Template != "", paused: c.Template != "",
 	}
-	if c.Disk != nil {
-		v.disks[c.Disk.Serial] = true
-	}
-	v.again, v.paused = c.Template != "", c.Template != ""
+	v.SetSize(func(size *vmm.Size) { *size = s.Size })
 	v.dialing <- struct{}{}
 	return v
 }
 
-// untilEnd is ctx, ended by the VMM's end too, with vmm.ErrGone as its cause.
-func (v *vm) untilEnd(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	stop := make(chan struct{})
-	go func() {
-		select {
-		case <-v.proc.Done():
-			cancel(vmm.ErrGone)
-		case <-stop:
-		}
-	}()
-	return ctx, sync.OnceFunc(func() { close(stop); cancel(nil) })
-}
-
 func (v *vm) connect(ctx context.Context) (err error) {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
-	v.control, err = dialQMP(ctx, qmpPath(v.config.Dir), v.event)
+	v.control, err = dialQMP(ctx, qmpPath(v.Config.Dir), v.event)
 	return err
 }
 
 func (v *vm) execute(ctx context.Context, command string, arguments, result any) error {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	return v.control.execute(ctx, command, arguments, result)
 }
 
 // Dial implements vmm.VM: a stream of the session over the serial port.
 func (v *vm) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	ctx, cancel := v.untilEnd(ctx)
+	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
 	s, err := v.channel(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("dial the agent: %w", v.explain(err))
+		return nil, fmt.Errorf("dial the agent: %w", v.Explain(err))
 	}
 	conn, err := s.Open(port)
 	if err != nil {
-		return nil, fmt.Errorf("dial the agent: %w", v.explain(err))
+		return nil, fmt.Errorf("dial the agent: %w", v.Explain(err))
 	}
 	return conn, nil
 }
@@ -109,7 +81,7 @@ func (v *vm) channel(ctx context.Context) (*serialmux.Session, error) {
 		return s, nil
 	}
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", channelPath(v.config.Dir))
+	conn, err := d.DialContext(ctx, "unix", channelPath(v.Config.Dir))
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +103,7 @@ func (v *vm) noGuest(ctx context.Context) error {
 	if errors.Is(context.Cause(ctx), vmm.ErrGone) {
 		return vmm.ErrGone
 	}
-	return fmt.Errorf("the guest has not come up: %w%s", context.Cause(ctx), v.logs)
+	return fmt.Errorf("the guest has not come up: %w%s", context.Cause(ctx), v.Logs)
 }
 
 // current is the session, nil if there is none or it has ended.
@@ -160,39 +132,6 @@ func (v *vm) hangUp() {
 	}
 }
 
-// Info implements vmm.VM.
-func (v *vm) Info() vmm.Info {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.info
-}
-
-// Done implements vmm.VM.
-func (v *vm) Done() <-chan struct{} { return v.done }
-
-// Kill implements vmm.VM.
-func (v *vm) Kill(ctx context.Context) error {
-	v.condemn(errors.New("killed"))
-	if err := v.proc.Kill(ctx); err != nil {
-		return err
-	}
-	select {
-	case <-v.done:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// condemn records why the VM ends; the first reason counts.
-func (v *vm) condemn(cause error) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.cause == nil {
-		v.cause = cause
-	}
-}
-
 // event handles what QEMU reports.
 // Source: qapi/run-state.json, qdev.json, char.json, migration.json of QEMU.
 func (v *vm) event(name string, data json.RawMessage) {
@@ -204,10 +143,10 @@ func (v *vm) event(name string, data json.RawMessage) {
 	}
 	switch name {
 	case "GUEST_PANICKED":
-		v.doom(errPanicked)
+		v.doom(machine.ErrPanicked)
 	case "SHUTDOWN":
 		if d.Reason == "guest-panic" {
-			v.doom(errPanicked)
+			v.doom(machine.ErrPanicked)
 		} else {
 			v.doom(fmt.Errorf("the guest ended itself (%s)", d.Reason))
 		}
@@ -219,18 +158,15 @@ func (v *vm) event(name string, data json.RawMessage) {
 			v.doom(errors.New("QEMU stopped the guest"))
 		}
 	case "DEVICE_DELETED":
-		v.deleted(d.Device)
+		v.Left(d.Device)
 	case "MIGRATION":
 		v.tellMigration(d.Status)
 	}
 }
 
-// errPanicked is a cause for which the guest's console has a better text.
-var errPanicked = errors.New("the guest's kernel panicked")
-
 // doom has the watcher end the VM.
 func (v *vm) doom(cause error) {
-	v.condemn(cause)
+	v.Condemn(cause)
 	select {
 	case v.doomed <- struct{}{}:
 	default:
@@ -241,47 +177,11 @@ func (v *vm) doom(cause error) {
 func (v *vm) watch() {
 	select {
 	case <-v.doomed:
-		v.proc.Kill(context.Background())
-	case <-v.proc.Done():
+		v.Process.Kill(context.Background())
+	case <-v.Process.Done():
 	}
-	<-v.proc.Done()
+	<-v.Process.Done()
 	v.hangUp()
 	v.control.close()
-	words, panicked := v.logs.String(), v.logs.Panic()
-	err := errors.Join(v.logs.Close(), removeFiles(v.config.Dir))
-	v.mu.Lock()
-	cause := v.cause
-	switch cause {
-	case errPanicked:
-		cause = panicked
-	case nil:
-		cause = errors.New("the VMM ended by itself")
-		if status := v.proc.Err(); status != nil {
-			cause = fmt.Errorf("the VMM ended: %w", status)
-		}
-	}
-	v.info.Err = errors.Join(fmt.Errorf("%w%s", cause, words), err)
-	v.mu.Unlock()
-	close(v.done)
-}
-
-// endDelay is how long after its connections a VMM's process may take to end.
-const endDelay = 2 * time.Second
-
-// explain adds to an error that the VMM has ended, and what it last said, where that is why.
-func (v *vm) explain(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
-		select {
-		case <-v.proc.Done():
-		case <-time.After(endDelay):
-		}
-	}
-	select {
-	case <-v.done:
-		return fmt.Errorf("%w: %w: %w", vmm.ErrGone, v.Info().Err, err)
-	case <-v.proc.Done():
-		return fmt.Errorf("%w: %w%s", vmm.ErrGone, err, v.logs)
-	default:
-		return err
-	}
+	v.End(func() error { return removeFiles(v.Config.Dir) })
 }
