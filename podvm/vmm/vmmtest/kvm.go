@@ -1,10 +1,11 @@
 package vmmtest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/caisson-vm/caisson/podvm/guestimage"
@@ -32,7 +33,7 @@ func kvmWorks(t *testing.T, newDriver func(t *testing.T) vmm.Driver, g guestimag
 	if err != nil {
 		return err
 	}
-	if !bytes.Contains(cpu, []byte(" vmx ")) && !bytes.Contains(cpu, []byte(" svm ")) {
+	if flags := strings.Fields(string(cpu)); !slices.Contains(flags, "vmx") && !slices.Contains(flags, "svm") {
 		return errors.New("/dev/kvm is there, but the CPU offers neither VMX nor SVM")
 	}
 	s := &suite{newDriver: newDriver, guest: g}
