@@ -23,8 +23,7 @@ type cgroups struct{ warn sync.Once }
 // path is the cgroup of a pod's VMM, below the one that the kubelet made for the pod, so that all of
 // a pod counts against it. It is "" where there is no parent, or no cgroup v2.
 //
-// With the systemd driver the parent is a slice, which exists already; the folder below it is no
-// unit, and systemd leaves it alone.
+// With the systemd driver the parent is a slice, and the cgroup becomes a scope (see delegate).
 func (c *cgroups) path(parent, id string) (string, error) {
 	if parent == "" {
 		return "", nil
@@ -39,7 +38,11 @@ func (c *cgroups) path(parent, id string) (string, error) {
 		})
 		return "", nil
 	}
-	return filepath.Join(cgroupRoot, dir, "caisson-"+id[:shortID]), nil
+	name := "caisson-" + id[:shortID]
+	if strings.HasSuffix(dir, ".slice") && scopes() {
+		name += scopeSuffix
+	}
+	return filepath.Join(cgroupRoot, dir, name), nil
 }
 
 func makeCgroup(path string) error {

@@ -232,6 +232,9 @@ func (b *birth) start(ctx context.Context, driver vmm.Driver, c vmm.Config) erro
 	}
 	b.config = c
 	b.setMachine(v)
+	if err := delegate(ctx, c.Cgroup, v.Info().PID); err != nil {
+		slog.Warn("systemd does not know of the pod's cgroup, and may take controllers from it", "pod", b.id, "err", err)
+	}
 	return nil
 }
 
