@@ -126,7 +126,7 @@ imageGCLowThresholdPercent: 99
 const kubeletUnit = `[Unit]
 After=caissond.service
 [Service]
-ExecStart=%s --config %s
+ExecStart=%s --config %s --v=2
 KillMode=process
 Restart=always
 RestartSec=1
@@ -153,14 +153,26 @@ func (m *machine) start(t *testing.T, unit string) {
 }
 
 // clear stops the units and takes away what they and the test have made. The units' logs are shown
-// when the test has failed.
+// when the test has failed, which is also when pods are left.
 func (m *machine) clear(t *testing.T) {
+	if out, err := exec.Command("systemctl", "stop", "kubelet.service").CombinedOutput(); err != nil {
+		t.Logf("stop the kubelet: %v: %s", err, out)
+	}
+	if t.Failed() {
+		if _, err := tryCrictl("rmp", "--force", "--all"); err != nil {
+			t.Logf("remove pods: %v", err)
+		}
+		volumes, _ := filepath.Glob(kubeletVar + "/pods/*/volumes/*/*")
+		for _, volume := range volumes {
+			_ = unix.Unmount(volume, unix.MNT_DETACH) // most are no mounts
+		}
+	}
 	for _, unit := range []string{"kubelet.service", "caissond.service"} {
 		if out, err := exec.Command("systemctl", "stop", unit).CombinedOutput(); err != nil {
 			t.Logf("stop %s: %v: %s", unit, err, out)
 		}
 		if t.Failed() {
-			out, _ := exec.Command("journalctl", "--no-pager", "--output=cat", "--lines=150", "--unit="+unit).CombinedOutput()
+			out, _ := exec.Command("journalctl", "--no-pager", "--output=cat", "--lines=400", "--unit="+unit).CombinedOutput()
 			t.Logf("the end of %s's log:\n%s", unit, out)
 		}
 	}

@@ -34,7 +34,13 @@ func (m *machine) testStats(t *testing.T) {
 	p := m.await(t, "the pod is ready", "pair", ready)
 	id := p.container("worker").id()
 	const mib = 1 << 20
-	crictl(t, "exec", id, "sh", "-c", "timeout 6 sh -c 'while :; do :; done'; dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null; dd if=/dev/zero of=/tmp/written bs=1M count=20 2>/dev/null; sync")
+	for _, script := range []string{
+		"i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done",
+		"dd if=/dev/zero of=/dev/shm/held bs=1M count=40",
+		"dd if=/dev/zero of=/tmp/written bs=1M count=20",
+	} {
+		crictl(t, "exec", id, "sh", "-c", script)
+	}
 
 	before := guestCPU(t, id)
 	var s summary

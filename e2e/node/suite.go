@@ -121,10 +121,21 @@ func (n *node) inside(ctx context.Context, p program, command []string) error {
 	return limit.run(ctx, words)
 }
 
+// upClean boots the node where it is down, and anew where an interrupted run has left VMs.
+func (n *node) upClean(ctx context.Context) error {
+	if err := n.up(ctx); err != nil {
+		return err
+	}
+	if n.ssh(ctx, "pgrep -x 'cloud-hyperviso|caissond'").Run() != nil {
+		return nil
+	}
+	return errors.Join(n.down(ctx), n.up(ctx))
+}
+
 // prepare boots the node where it is down, takes away what an interrupted run has left, and copies
 // the program and its files.
 func (n *node) prepare(ctx context.Context, p program) error {
-	if err := n.up(ctx); err != nil {
+	if err := n.upClean(ctx); err != nil {
 		return err
 	}
 	to := map[string][]string{}
