@@ -111,3 +111,41 @@ func bareBoot(ctx context.Context, b *testing.B, d vmm.Driver) (err error) {
 	}
 	return conn.Close()
 }
+
+// readAll reads every file of a container's image, and nothing else.
+const readAll = "find / -xdev -type f -exec cat {} + >/dev/null"
+
+// BenchmarkImages has pods of one image read all of it, with its pages shared by DAX and with a copy in
+// each guest. The number of iterations is the number of pods beside one another.
+func BenchmarkImages(b *testing.B) {
+	for _, dax := range []bool{true, false} {
+		d := harness.Start(b, func(c *harness.Config) { c.VM.DAX = dax })
+		var pods []*harness.Container
+		for range b.N {
+			pods = append(pods, d.RunPod().Run(images.Nginx, harness.Shell("exec sleep 3600")))
+		}
+		var first, second time.Duration
+		for _, c := range pods {
+			start := time.Now()
+			c.Exec("sh", "-c", readAll)
+			read := time.Now()
+			c.Exec("sh", "-c", readAll)
+			first += read.Sub(start)
+			second += time.Since(read)
+		}
+		var pss float64
+		for _, c := range pods {
+			w, err := measure.Weigh(c.Pod.ID)
+			if err != nil {
+				b.Fatal(err)
+			}
+			pss += w.PSS
+		}
+		n := float64(b.N)
+		b.Logf("DAX %v, %d pods: %.1f MiB PSS per pod, first read %.0f ms, second %.0f ms", dax, b.N, pss/n/(1<<20),
+			first.Seconds()*1000/n, second.Seconds()*1000/n)
+		for _, c := range pods {
+			c.Pod.Remove()
+		}
+	}
+}

@@ -183,7 +183,7 @@ func (p *Pod) attachImage(ctx context.Context, id string) (imagestore.Image, str
 	if err != nil {
 		return image, "", fmt.Errorf("image %s: %w", id, err)
 	}
-	address, err := p.attachDisk(ctx, image.ID, vmm.Disk{Serial: name[:min(len(name), vmm.SerialMax)], Path: path, ReadOnly: true, Shared: true})
+	address, err := p.attachDisk(ctx, image.ID, vmm.Disk{Serial: name[:min(len(name), vmm.SerialMax)], Path: path, ReadOnly: true, Shared: p.m.o.DAX})
 	if err != nil && p.record.now().Disks[image.ID] == "" {
 		err = errors.Join(err, remove(path))
 	}

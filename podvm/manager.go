@@ -67,7 +67,9 @@ type Options struct {
 	// Size is what a VM starts with and a pod without limits gets, Max what it can grow to.
 	Size, Max vmm.Size
 	Scratch   *Scratch
-	Observer  Observer
+	// DAX asks that pods share the pages of their images, where the driver can.
+	DAX      bool
+	Observer Observer
 }
 
 // Manager holds the node's pods.

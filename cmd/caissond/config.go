@@ -33,6 +33,7 @@ type Config struct {
 		MaxCPUs   int    `toml:"max_cpus" comment:"What a pod can be resized to. 0: all of the node's."`
 		MaxMemory Size   `toml:"max_memory" comment:"What a pod can be resized to. 0: all of the node's."`
 		Template  string `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`
+		DAX       bool   `toml:"dax" comment:"With Cloud Hypervisor, pods of one image share its pages on the node. false: each guest caches what it reads, in memory of its own."`
 		Scratch   Size   `toml:"scratch" comment:"Largest writable layers and emptyDirs of a pod together: a sparse file."`
 		QEMU      string `toml:"qemu" comment:"QEMU's binary; a name is looked up in PATH."`
 		CloudHV   string `toml:"cloud_hypervisor" comment:"Cloud Hypervisor's binary; a name is looked up in PATH."`
@@ -82,6 +83,7 @@ func defaults() Config {
 	c.VM.CPUs = 1
 	c.VM.Memory = 512 << 20
 	c.VM.Template = "node"
+	c.VM.DAX = true
 	c.VM.Scratch = 64 << 30
 	c.VM.QEMU = "qemu-system-x86_64"
 	c.VM.CloudHV = "cloud-hypervisor"

@@ -112,7 +112,7 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 	}
 	o := podvm.Options{
 		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
-		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, Observer: d.metrics,
+		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, Observer: d.metrics,
 	}
 	if c.VM.Template != "pod" {
 		d.templates, err = template.New(template.Options{

@@ -24,6 +24,7 @@ type Config struct {
 		Memory   string `toml:"memory,omitempty"`
 		QEMU     string `toml:"qemu,omitempty"`
 		Template string `toml:"template,omitempty"`
+		DAX      bool   `toml:"dax"`
 	} `toml:"vm"`
 	CNI struct {
 		ConfDir string   `toml:"conf_dir"`
@@ -51,6 +52,7 @@ func newConfig(t testing.TB, dir string) Config {
 	c.State = filepath.Join(dir, "run")
 	c.Driver = Driver()
 	c.Guest = Guest()
+	c.VM.DAX = true
 	c.CNI.ConfDir = filepath.Join(dir, "cni")
 	c.CNI.BinDirs = []string{"/opt/cni/bin", "/usr/lib/cni"}
 	c.Log.Level = "debug"

@@ -46,8 +46,8 @@ func TestWeighFindsByCommandLine(t *testing.T) {
 	}
 	defer sleeper.Wait()
 	defer stdin.Close()
-	w, err := weigh(id)
-	if err != nil || w.processes < 1 || w.pss <= 0 {
+	w, err := Weigh(id)
+	if err != nil || w.Processes < 1 || w.PSS <= 0 {
 		t.Fatalf("weighed %+v, %v", w, err)
 	}
 }

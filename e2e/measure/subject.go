@@ -126,11 +126,11 @@ func (s *subject) density(ctx context.Context, n int) error {
 	}
 	var pss float64
 	for _, p := range pods {
-		w, err := weigh(p.id)
+		w, err := Weigh(p.id)
 		if err != nil {
 			return err
 		}
-		pss += w.pss
+		pss += w.PSS
 	}
 	s.samples["idle: pss per pod"] = []float64{pss / float64(n)}
 	s.samples["idle: memory taken per pod"] = []float64{(before - available()) / float64(n)}
@@ -201,10 +201,10 @@ func (p *pod) exec(ctx context.Context, count bool) error {
 }
 
 func (p *pod) weigh(_ context.Context, count bool) error {
-	w, err := weigh(p.id)
+	w, err := Weigh(p.id)
 	if err == nil && count {
-		p.add("pss", w.pss)
-		p.add("processes", w.processes)
+		p.add("pss", w.PSS)
+		p.add("processes", w.Processes)
 	}
 	return err
 }

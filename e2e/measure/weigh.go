@@ -9,21 +9,21 @@ import (
 	"strings"
 )
 
-// weight is what a pod costs its node.
-type weight struct {
-	pss       float64 // bytes, each shared page divided by those who share it
-	processes float64
+// Weight is what a pod costs its node.
+type Weight struct {
+	PSS       float64 // bytes, each shared page divided by those who share it
+	Processes float64
 }
 
 // idDigits of a pod's id are enough to recognise it in a command line or a cgroup's name.
 const idDigits = 16
 
-// weigh finds the processes of a pod: those that carry its id in their command line or cgroup
+// Weigh finds the processes of a pod: those that carry its id in their command line or cgroup
 // (VMMs, shims), and all their descendants.
-func weigh(pod string) (weight, error) {
+func Weigh(pod string) (Weight, error) {
 	entries, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
-		return weight{}, err
+		return Weight{}, err
 	}
 	mine := map[int]bool{}
 	parents := map[int]int{}
@@ -37,17 +37,17 @@ func weigh(pod string) (weight, error) {
 			}
 		}
 	}
-	var w weight
+	var w Weight
 	for pid := range parents {
 		if !descends(pid, parents, mine) {
 			continue
 		}
 		if pss, ok := pssOf(pid); ok {
-			w.pss += pss
-			w.processes++
+			w.PSS += pss
+			w.Processes++
 		}
 	}
-	if w.processes == 0 {
+	if w.Processes == 0 {
 		return w, fmt.Errorf("no process of pod %s found: run as root on the runtime's own machine", pod)
 	}
 	return w, nil
