@@ -176,3 +176,15 @@ func TestFullDiskWhileRunning(t *testing.T) {
 	greedy.Pod.Remove()
 	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
 }
+
+// TestNoSpaceForTemplate has a disk on which a template's memory does not fit: pods are booted cold, the
+// log says why, and nothing is left of the attempt.
+func TestNoSpaceForTemplate(t *testing.T) {
+	d := harness.Start(t, small(t, "72m"))
+	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
+	has(t, d.Log(), "pod is booted cold", "make template", "is full: free some")
+	left, err := filepath.Glob(filepath.Join(d.Config.Root, "templates", "*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/internal/undo"
 	"github.com/caisson-vm/caisson/podvm/vmm"
@@ -246,11 +247,11 @@ func (s *Store) make(ctx context.Context, dir, scope string) error {
 	}
 	v, err := s.options.Driver.Launch(ctx, c)
 	if err != nil {
-		return err
+		return explain(err, dir)
 	}
 	defer v.Kill(context.WithoutCancel(ctx))
 	if err := s.snapshot(ctx, v, dir); err != nil {
-		return err
+		return explain(err, dir)
 	}
 	if err := writeManifest(dir, scope); err != nil {
 		return err
@@ -278,6 +279,17 @@ func (s *Store) snapshot(ctx context.Context, v vmm.VM, dir string) error {
 		return err
 	}
 	return snapshotter.Snapshot(ctx, dir)
+}
+
+// explain adds that the disk is full, where it is: a VMM that can't write its guest's memory there is
+// killed by the kernel, and can't say so.
+func explain(err error, dir string) error {
+	var fs unix.Statfs_t
+	const little = 1 << 20
+	if unix.Statfs(dir, &fs) != nil || fs.Bavail*uint64(fs.Bsize) > little {
+		return err
+	}
+	return fmt.Errorf("the disk of %s is full: free some: %w: %w", filepath.Dir(dir), errdefs.ErrResourceExhausted, err)
 }
 
 // hangUpLimit is how long the agent may take to close a connection.
