@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -191,6 +192,45 @@ func TestVMKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	fallen(t, d, c, "")
+}
+
+// TestVMKilledWhilePodStarts kills the VMM at moments all over a start. Either a cold boot takes the
+// clone's place and the pod runs, or the error says that its VM is gone; no start leaves anything.
+func TestVMKilledWhilePodStarts(t *testing.T) {
+	d := harness.Start(t)
+	d.RunPod().Remove() // there is a template now
+	for _, moment := range []time.Duration{0, 30, 60, 100, 200, 300, 500} {
+		config := d.PodConfig()
+		type result struct {
+			pod *harness.Pod
+			err error
+		}
+		started := make(chan result, 1)
+		go func() {
+			pod, err := d.TryRunPod(config)
+			started <- result{pod, err}
+		}()
+		harness.Eventually(t, "a VMM runs", func() error {
+			if len(vms(t)) == 0 {
+				return errors.New("none")
+			}
+			return nil
+		})
+		time.Sleep(moment * time.Millisecond)
+		for _, pid := range vms(t) {
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				t.Fatal(err)
+			}
+		}
+		r := <-started
+		if r.err != nil {
+			has(t, r.err.Error(), config.Metadata.Name, "gone")
+		} else {
+			r.pod.Remove()
+		}
+		none(t, d)
+	}
+	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
 }
 
 // TestGuestHangs stops a VMM: its guest answers no more. What has a limit keeps it, what has none is

@@ -56,6 +56,7 @@ func (m *Manager) startPod(ctx context.Context, p *Pod) error {
 	b := &birth{Pod: p, began: time.Now(), launched: make(chan struct{}), config: p.record.now().VM}
 	c := p.record.now().Config
 	if err := b.run(ctx); err != nil {
+		err = p.explain(err)
 		p.abandon(err)
 		return fmt.Errorf("start pod %s/%s: %w", c.Namespace, c.Name, err)
 	}
@@ -80,6 +81,23 @@ func (b *birth) run(ctx context.Context) error {
 		return err
 	}
 	return b.becomeReady()
+}
+
+// endDelay is how long after its streams broke a VM's end may take to be seen.
+const endDelay = 200 * time.Millisecond
+
+// explain adds why the VM has ended to an error that came of that.
+func (p *Pod) explain(err error) error {
+	v := p.machine()
+	if v == nil || !errdefs.IsUnavailable(err) || errors.Is(err, vmm.ErrGone) {
+		return err
+	}
+	select {
+	case <-v.Done():
+		return fmt.Errorf("%w: %w: %w", err, vmm.ErrGone, v.Info().Err)
+	case <-time.After(endDelay):
+		return err
+	}
 }
 
 // prepare records what is about to happen, and makes the pod's folders and cgroup.
