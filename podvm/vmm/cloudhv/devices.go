@@ -210,6 +210,9 @@ func (v *vm) Snapshot(ctx context.Context, dir string) error {
 	}
 	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
+	if err := v.quiet(ctx); err != nil {
+		return fmt.Errorf("snapshot: %w", v.Explain(err))
+	}
 	if err := v.api.put(ctx, "vm.pause", nil, nil); err != nil {
 		return fmt.Errorf("snapshot: %w", v.Explain(err))
 	}

@@ -25,7 +25,8 @@ type vm struct {
 	events eventReader
 	ready  chan struct{} // closed when the agent accepts streams
 
-	resize sync.Mutex // one resize at a time; held across calls to the VMM, guards nothing else
+	resize sync.Mutex     // one resize at a time; held across calls to the VMM, guards nothing else
+	open   sync.WaitGroup // connections to a guest that is going to be a template
 }
 
 func newVM(d *Driver, c vmm.Config, p *process.Process, l tail.Pair) (*vm, error) {
@@ -116,7 +117,52 @@ func (v *vm) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dial the agent: %w", v.Explain(err))
 	}
+	if v.Config.MemoryFile != "" {
+		v.open.Add(1)
+		return &farewell{UnixConn: conn, gone: v.open.Done}, nil
+	}
 	return conn, nil
+}
+
+// farewell is a connection to a guest that is going to be a template: it is gone only when the guest
+// has let go of it. One that is in a snapshot is in its clones for ever, and as Cloud Hypervisor
+// numbers their connections from the start, they take their own first ones for it.
+type farewell struct {
+	*net.UnixConn
+	once sync.Once
+	gone func()
+}
+
+// farewellLimit is how long the guest may take.
+const farewellLimit = 10 * time.Second
+
+// quiet waits until the guest has let go of all connections.
+func (v *vm) quiet(ctx context.Context) error {
+	all := make(chan struct{})
+	go func() {
+		v.open.Wait()
+		close(all)
+	}()
+	select {
+	case <-all:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("connections to the guest are open: %w", context.Cause(ctx))
+	}
+}
+
+// Close tells the guest, whose answer is waited for in the background.
+func (f *farewell) Close() error {
+	err := net.ErrClosed
+	f.once.Do(func() {
+		err = errors.Join(f.CloseWrite(), f.SetDeadline(time.Now().Add(farewellLimit)))
+		go func() {
+			defer f.gone()
+			_, _ = io.Copy(io.Discard, f.UnixConn) // whose end, or a guest that is stuck, is what is waited for
+			f.UnixConn.Close()
+		}()
+	})
+	return err
 }
 
 // Cloud Hypervisor gives the guest two seconds to answer a connection, and then hangs up. A guest that
@@ -126,7 +172,7 @@ const (
 	hangUp        = 2 * time.Second
 )
 
-func (v *vm) connect(ctx context.Context, port uint32) (net.Conn, error) {
+func (v *vm) connect(ctx context.Context, port uint32) (*net.UnixConn, error) {
 	for patience := firstPatience; ; patience *= 2 {
 		begin := time.Now()
 		conn, err := v.connectOnce(ctx, port, patience)
@@ -142,12 +188,13 @@ func (v *vm) connect(ctx context.Context, port uint32) (net.Conn, error) {
 	}
 }
 
-func (v *vm) connectOnce(ctx context.Context, port uint32, patience time.Duration) (net.Conn, error) {
+func (v *vm) connectOnce(ctx context.Context, port uint32, patience time.Duration) (*net.UnixConn, error) {
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", vsockPath(v.Config.Dir))
+	dialed, err := d.DialContext(ctx, "unix", vsockPath(v.Config.Dir))
 	if err != nil {
 		return nil, err
 	}
+	conn := dialed.(*net.UnixConn)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	if err = conn.SetDeadline(time.Now().Add(patience)); err == nil {
 		err = handshake(conn, port)
