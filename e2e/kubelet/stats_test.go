@@ -35,7 +35,7 @@ func (m *machine) testStats(t *testing.T) {
 	id := p.container("worker").id()
 	const mib = 1 << 20
 	for _, script := range []string{
-		"i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done",
+		"i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done",
 		"dd if=/dev/zero of=/dev/shm/held bs=1M count=40",
 		"dd if=/dev/zero of=/tmp/written bs=1M count=20",
 	} {
