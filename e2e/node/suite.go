@@ -99,7 +99,7 @@ func (n *node) persist(ctx context.Context, p program, command []string) error {
 		if !frozen || ctx.Err() != nil || i == attempts {
 			return err
 		}
-		fmt.Fprintf(os.Stderr, "node: it does not answer any more (%v): starting it anew, attempt %d of %d\n", err, i+1, attempts)
+		fmt.Fprintf(os.Stderr, "node: it does not answer any more (%v): starting it anew, attempt %d of %d; its console ends:\n%s\n", err, i+1, attempts, n.consoleEnd())
 		if err := errors.Join(n.down(ctx), n.prepare(ctx, p)); err != nil {
 			return err
 		}

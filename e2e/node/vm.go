@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"strconv"
@@ -35,6 +36,10 @@ func (n *node) up(ctx context.Context) error {
 		"-drive", "file="+n.path("disk")+",if=none,id=root,format=raw,cache=unsafe,discard=unmap", "-device", "virtio-blk-pci,drive=root",
 		"-netdev", fmt.Sprintf("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:%d-:22", n.port), "-device", "virtio-net-pci,netdev=net",
 		"-device", "virtio-rng-pci")
+	// Why the last one ended may stand there.
+	if err := os.Rename(n.path("console.log"), n.path("console.last")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	log, err := os.Create(n.path("qemu.log"))
 	if err != nil {
 		return err
@@ -60,12 +65,17 @@ func (n *node) waitUp(ctx context.Context, ended <-chan error) error {
 		case err := <-ended:
 			return fmt.Errorf("the node's QEMU ended: %v; see %s", err, n.path("qemu.log"))
 		case <-ctx.Done():
-			console, _ := os.ReadFile(n.path("console.log"))
-			return fmt.Errorf("the node did not answer in %v; end of its console:\n%s", bootLimit, tail(string(console), 2000))
+			return fmt.Errorf("the node did not answer in %v; end of its console:\n%s", bootLimit, n.consoleEnd())
 		case <-time.After(time.Second):
 		}
 	}
 	return nil
+}
+
+// consoleEnd is the end of what the node has written to its console.
+func (n *node) consoleEnd() string {
+	console, _ := os.ReadFile(n.path("console.log")) // without one there is nothing to show
+	return tail(string(console), 2000)
 }
 
 func (n *node) ping(ctx context.Context) error {
