@@ -78,6 +78,7 @@ func New(o Options) (*Agent, error) {
 			return nil, err
 		}
 	}
+	withstand()
 	r, err := newReaper()
 	if err != nil {
 		return nil, err

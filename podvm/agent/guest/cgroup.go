@@ -16,6 +16,9 @@ const (
 	cgroupRoot = "/sys/fs/cgroup"
 	// podCgroup holds all containers.
 	podCgroup = cgroupRoot + "/pod"
+	// podTasks is how many processes and threads the containers may have: some less than the guest
+	// can (kernel.threads-max), so that the agent can always start one that ends theirs.
+	podTasks = 1_000_000
 )
 
 // makePodCgroup makes the parent of the containers' cgroups, with every controller there is.
@@ -33,6 +36,9 @@ func makePodCgroup() error {
 	}
 	if err := os.WriteFile(podCgroup+"/cgroup.subtree_control", []byte(strings.Join(all, " ")), 0); err != nil {
 		return fmt.Errorf("give the containers' cgroups their controllers: %w", err)
+	}
+	if err := os.WriteFile(podCgroup+"/pids.max", []byte(strconv.Itoa(podTasks)), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("bound the pod's processes: %w", err)
 	}
 	return nil
 }

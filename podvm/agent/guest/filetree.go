@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -132,10 +133,8 @@ func (t tree) link(f *agent.File, info fs.FileInfo) error {
 }
 
 func (t tree) file(f *agent.File, info fs.FileInfo) error {
-	if info != nil && info.Mode().IsRegular() && info.Size() == int64(len(f.Content)) {
-		if old, err := t.root.ReadFile(f.Path); err == nil && bytes.Equal(old, f.Content) {
-			return t.own(f.Path, f)
-		}
+	if info != nil && info.Mode().IsRegular() && info.Size() == int64(len(f.Content)) && t.holds(f) {
+		return t.own(f.Path, f)
 	}
 	tmp := temporary(f.Path)
 	if err := t.root.RemoveAll(tmp); err != nil {
@@ -148,6 +147,18 @@ func (t tree) file(f *agent.File, info fs.FileInfo) error {
 		return err
 	}
 	return t.root.Rename(tmp, f.Path)
+}
+
+// holds tells whether a file has the content already. A container that may write here may put a pipe
+// or a huge file in its place: neither is waited for, nor read whole.
+func (t tree) holds(f *agent.File) bool {
+	old, err := t.root.OpenFile(f.Path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return false
+	}
+	defer old.Close()
+	content, err := io.ReadAll(io.LimitReader(old, int64(len(f.Content))+1))
+	return err == nil && bytes.Equal(content, f.Content)
 }
 
 // prune removes what is not wanted. A folder is wanted for what is in it, too.

@@ -29,6 +29,48 @@ func TestParseEvent(t *testing.T) {
 	}
 }
 
+func TestReceiveTakesOnlyTheKernelsEvents(t *testing.T) {
+	events, err := uevents()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer events.Close()
+	raw, err := events.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var own unix.Sockaddr
+	var failed error
+	if err := errors.Join(raw.Control(func(fd uintptr) { own, failed = unix.Getsockname(int(fd)) }), failed); err != nil {
+		t.Fatal(err)
+	}
+	other, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(other)
+	forged := []byte("ACTION=add\x00SUBSYSTEM=cpu\x00DEVPATH=/../tmp\x00")
+	if err := unix.Sendto(other, forged, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: own.(*unix.SockaddrNetlink).Pid}); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 16<<10)
+	if n, err := receive(events, buf); n != 0 || err != nil {
+		t.Errorf("took a forged event: %q, %v", buf[:n], err)
+	}
+	if err := write("/sys/class/mem/null/uevent", "change"); err != nil {
+		t.Fatal(err)
+	}
+	for { // others' events may come before
+		n, err := receive(events, buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e := parseEvent(buf[:n]); e["ACTION"] == "change" && e["DEVNAME"] == "null" {
+			return
+		}
+	}
+}
+
 func TestFindPort(t *testing.T) {
 	class := filepath.Join(t.TempDir(), "virtio-ports")
 	if device, err := findPort(class); device != "" || err != nil {

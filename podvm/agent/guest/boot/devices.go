@@ -118,6 +118,11 @@ func watch() (*os.File, error) {
 			return nil, err
 		}
 	}
+	return uevents()
+}
+
+// uevents opens the kernel's device events.
+func uevents() (*os.File, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
 		return nil, fmt.Errorf("watch devices: %w", err)
@@ -137,7 +142,7 @@ func watch() (*os.File, error) {
 func (g *Guest) follow(events *os.File) {
 	buf := make([]byte, 16<<10)
 	for {
-		n, err := events.Read(buf)
+		n, err := receive(events, buf)
 		switch {
 		case errors.Is(err, unix.ENOBUFS): // some were lost; what matters is looked up, not told
 			g.grown()
@@ -149,6 +154,28 @@ func (g *Guest) follow(events *os.File) {
 		}
 		g.handle(parseEvent(buf[:n]))
 	}
+}
+
+// receive waits for an event; 0 bytes are one that is not the kernel's. Containers share this
+// network namespace, and one that may administer it can send to any netlink socket.
+func receive(events *os.File, buf []byte) (n int, err error) {
+	raw, err := events.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var from unix.Sockaddr
+	var failed error
+	err = raw.Read(func(fd uintptr) bool {
+		n, from, failed = unix.Recvfrom(int(fd), buf, 0)
+		return failed != unix.EAGAIN
+	})
+	if err := errors.Join(err, failed); err != nil {
+		return 0, err
+	}
+	if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
+		return 0, nil
+	}
+	return n, nil
 }
 
 // event is a uevent: its variables (ACTION, DEVPATH, SUBSYSTEM, MODALIAS, ...).

@@ -90,8 +90,9 @@ func links() error {
 	return nil
 }
 
-// sealRuntime makes crun's program unwritable through a container's /proc/PID/exe, and tells crun
-// so: else it copies itself for that, and loads itself and its libraries twice, in every call.
+// sealRuntime makes crun's program unwritable through a container's /proc/PID/exe. crun sees that its
+// file system is read-only: else it mounts itself anew for that, and loads itself and its libraries
+// twice, in every call.
 // Source: cloned_binary.c of crun and runc (CVE-2019-5736).
 func sealRuntime() error {
 	const crun = "/bin/crun"
@@ -100,7 +101,7 @@ func sealRuntime() error {
 			return fmt.Errorf("make %s read-only: %w", crun, err)
 		}
 	}
-	return os.Setenv("_LIBCONTAINER_CLONED_BINARY", "1")
+	return nil
 }
 
 // delegate gives all cgroup controllers to the containers' cgroups.
