@@ -28,13 +28,30 @@ func (m *machine) hostile(t *testing.T) {
 	if !strings.HasPrefix(out, want) || !strings.HasSuffix(out, "lives\n") {
 		t.Errorf("the first process of a shared namespace shows %q, %q; want %q", out, errs, want)
 	}
-	node := m.container("hostile-node", may(signals+"; echo lives; cat /sys/fs/cgroup/pids.max"), &agent.CreateRequest{GuestPid: true})
+	spec := may(signals + "; echo lives; cat /sys/fs/cgroup/pod/pids.max")
+	spec.Linux.Namespaces = spec.Linux.Namespaces[:2] // the guest's cgroups
+	node := m.container("hostile-node", spec, &agent.CreateRequest{GuestPid: true})
 	if s := node.wait(); s.ExitCode != 0 {
 		t.Errorf("it ended with %v", s)
 	}
-	if out, errs := node.logs(); !strings.HasPrefix(out, "lives\n") {
+	if out, errs := node.logs(); out != fmt.Sprintf("lives\n%d\n", podTasks) {
 		t.Errorf("after signals to the agent: %q, %q", out, errs)
 	}
+	// What the agent has is not inherited: its files, and that it is the last to be killed.
+	const inherited = "echo /proc/self/fd/*; cat /proc/self/oom_score_adj; echo -1 >/proc/self/oom_score_adj || echo refused"
+	const had = "/proc/self/fd/0 /proc/self/fd/1 /proc/self/fd/2 /proc/self/fd/3\n0\nrefused\n"
+	plain := m.container("hostile-plain", vmSpec("sh", "-c", inherited+"; exec sleep 1000"), &agent.CreateRequest{})
+	if _, out, errs := plain.exec(nil, "sh", "-c", inherited); out != had {
+		t.Errorf("an exec has %q, %q; want %q", out, errs, had)
+	}
+	if _, err := service1(t, m.ctx, m.c).Signal(m.ctx, &agent.SignalRequest{Id: plain.id, Signal: 9}); err != nil {
+		t.Fatal(err)
+	}
+	plain.wait()
+	if out, errs := plain.logs(); out != had {
+		t.Errorf("a container has %q, %q; want %q", out, errs, had)
+	}
+	plain.remove()
 	shared.remove()
 	node.remove()
 }
