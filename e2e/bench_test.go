@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -21,11 +22,18 @@ import (
 	"github.com/caisson-vm/caisson/podvm/vmm/qemu"
 )
 
-// jsonVar names a file for the figures; idleVar is a number of idle pods.
+// jsonVar names a file for the figures; idleVar is a number of idle pods; onlyVar restricts what is
+// measured to some of "runc", "boot" and "clone", with commas between them.
 const (
 	jsonVar = "CAISSON_BENCH_JSON"
 	idleVar = "CAISSON_BENCH_IDLE"
+	onlyVar = "CAISSON_BENCH_ONLY"
 )
+
+func wanted(name string) bool {
+	only := os.Getenv(onlyVar)
+	return only == "" || slices.Contains(strings.Split(only, ","), name)
+}
 
 // BenchmarkPods measures a daemon whose pods are clones beside one whose pods boot, beside the bare
 // boot of their guest, and, where they are installed, beside containerd and runc. The number of
@@ -33,12 +41,17 @@ const (
 func BenchmarkPods(b *testing.B) {
 	o := measure.Options{Runs: b.N, Image: images.Busybox}
 	fmt.Sscan(os.Getenv(idleVar), &o.Idle)
-	if harness.HasContainerd() {
+	switch {
+	case !wanted("runc"):
+	case harness.HasContainerd():
 		o.Endpoints = append(o.Endpoints, measure.Endpoint{Name: "runc", Address: harness.StartContainerd(b)})
-	} else {
+	default:
 		b.Log("containerd and runc are not installed: not compared with them")
 	}
 	for _, kind := range []struct{ name, template string }{{"boot", "pod"}, {"clone", "node"}} {
+		if !wanted(kind.name) {
+			continue
+		}
 		d := harness.Start(b, func(c *harness.Config) { c.VM.Template = kind.template })
 		d.Pull(images.Busybox)
 		d.RunPod().Remove() // its template is there now

@@ -47,9 +47,9 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
     bin_dir = "/usr/lib/cni"
     conf_dir = %q
   [plugins."io.containerd.grpc.v1.cri".registry.mirrors."docker.io"]
-    endpoint = ["http://%s"]
+    endpoint = ["http://%s/v2/docker.io"]
   [plugins."io.containerd.grpc.v1.cri".registry.mirrors."registry.k8s.io"]
-    endpoint = ["http://%s"]
+    endpoint = ["http://%s/v2/registry.k8s.io"]
 `, filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket, cni, public, public)
 	file := filepath.Join(dir, "containerd.toml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
