@@ -121,12 +121,13 @@ func (n *node) inside(ctx context.Context, p program, command []string) error {
 	return limit.run(ctx, words)
 }
 
-// upClean boots the node where it is down, and anew where an interrupted run has left VMs.
+// upClean boots the node where it is down, and anew where it is frozen or an interrupted run has left
+// VMs in it.
 func (n *node) upClean(ctx context.Context) error {
-	if err := n.up(ctx); err != nil {
+	if err := n.up(ctx); err != nil && n.process() == nil {
 		return err
 	}
-	if n.ssh(ctx, "pgrep -x 'cloud-hyperviso|caissond'").Run() != nil {
+	if n.ping(ctx) == nil && n.ssh(ctx, "pgrep -x 'cloud-hyperviso|caissond'").Run() != nil {
 		return nil
 	}
 	return errors.Join(n.down(ctx), n.up(ctx))

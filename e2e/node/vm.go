@@ -28,6 +28,9 @@ func (n *node) up(ctx context.Context) error {
 	if n.ping(ctx) == nil {
 		return nil
 	}
+	if p := n.process(); p != nil {
+		return n.waitUp(ctx, nil) // it boots, or is busy
+	}
 	qemu := exec.Command("qemu-system-x86_64",
 		"-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max", "-smp", strconv.Itoa(n.cpus), "-m", strconv.Itoa(n.memory), "-M", "q35",
 		"-display", "none", "-monitor", "none", "-no-reboot", "-serial", "file:"+n.path("console.log"), "-pidfile", n.path("pid"),
@@ -127,27 +130,54 @@ func (n *node) copy(ctx context.Context, args []string, from, to string) error {
 	return command(ctx, "scp", scp...)
 }
 
-// down powers the node off and waits for its QEMU to end; one that does not obey is ended.
-func (n *node) down(ctx context.Context) error {
+// process is the node's QEMU, or nil.
+func (n *node) process() *os.Process {
 	data, err := os.ReadFile(n.path("pid"))
 	if err != nil {
-		return nil // it is not running
+		return nil
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
 	if err != nil {
-		return fmt.Errorf("%s: %w", n.path("pid"), err)
+		return nil
+	}
+	command, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !strings.Contains(string(command), n.path("disk")) {
+		return nil // the number is another process's now
 	}
 	p, err := os.FindProcess(pid)
 	if err != nil {
-		return err
+		return nil
+	}
+	return p
+}
+
+// down powers the node off and waits for its QEMU to end; one that does not obey is ended.
+func (n *node) down(ctx context.Context) error {
+	p := n.process()
+	if p == nil {
+		return nil
 	}
 	limit, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	n.ssh(limit, "systemctl", "poweroff").Run() // it may be frozen: the signal below helps then
-	for end := time.Now().Add(40 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+	if ends(p, 40*time.Second) {
+		return nil
+	}
+	if err := p.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	if !ends(p, 20*time.Second) {
+		return fmt.Errorf("the node's QEMU, process %d, does not end", p.Pid)
+	}
+	return nil
+}
+
+// ends tells whether a process, which is not our child and so can't be waited for, ends in time.
+func ends(p *os.Process, limit time.Duration) bool {
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
 		if p.Signal(syscall.Signal(0)) != nil {
-			return nil
+			return true
 		}
 	}
-	return p.Kill()
+	return false
 }
