@@ -92,7 +92,8 @@ func (s *Scratch) prepare() error {
 }
 
 // format makes the template, anew with each daemon: it is quick, and its size may have changed. It
-// has no journal, for a scratch disk never outlives its VM, and project quotas, by which the guest
+// has no journal and no second copy of anything, for a scratch disk never outlives its VM and is to
+// be copied in no time (180 KB in 3 extents for 64 GiB), and project quotas, by which the guest
 // counts what each container and volume takes.
 func (s *Scratch) format() error {
 	f, err := os.Create(s.template + ".new")
@@ -105,8 +106,8 @@ func (s *Scratch) format() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), formatLimit)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal,quota,project",
-		"-E", "lazy_itable_init=1,discard,quotatype=prjquota,root_owner=0:0", f.Name()).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode,sparse_super2,quota,project",
+		"-E", "num_backup_sb=0,packed_meta_blocks=1,lazy_itable_init=1,discard,quotatype=prjquota,root_owner=0:0", f.Name()).CombinedOutput()
 	if errors.Is(err, exec.ErrNotFound) {
 		return fmt.Errorf("no mkfs.ext4; install e2fsprogs: %w", errdefs.ErrFailedPrecondition)
 	}

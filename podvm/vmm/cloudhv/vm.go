@@ -166,29 +166,50 @@ func (f *farewell) Close() error {
 }
 
 // Cloud Hypervisor gives the guest two seconds to answer a connection, and then hangs up. A guest that
-// was busy, or restored only just now, is asked again, at first sooner than that.
+// was restored only just now may never see its first one, so that soon another is tried beside it.
 const (
-	firstPatience = 500 * time.Millisecond
+	firstPatience = 100 * time.Millisecond
 	hangUp        = 2 * time.Second
 )
 
+// connect opens a connection to the guest's port: the first of its attempts that is answered.
 func (v *vm) connect(ctx context.Context, port uint32) (*net.UnixConn, error) {
-	for patience := firstPatience; ; patience *= 2 {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type answer struct {
+		conn *net.UnixConn
+		err  error
+	}
+	answers := make(chan answer)
+	try := func() {
 		begin := time.Now()
-		conn, err := v.connectOnce(ctx, port, patience)
-		unanswered := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.EOF) && time.Since(begin) >= hangUp
-		if !unanswered || ctx.Err() != nil {
-			return conn, err
+		conn, err := v.connectOnce(ctx, port)
+		if errors.Is(err, io.EOF) && time.Since(begin) >= hangUp {
+			return // unanswered
 		}
 		select {
+		case answers <- answer{conn, err}:
+		case <-ctx.Done():
+			if conn != nil {
+				conn.Close()
+			}
+		}
+	}
+	for patience := firstPatience; ; patience *= 2 {
+		go try()
+		select {
+		case a := <-answers:
+			return a.conn, a.err
+		case <-time.After(patience):
 		case <-v.Process.Done():
-			return nil, err
-		default:
+			return nil, io.EOF
+		case <-ctx.Done():
+			return nil, ctx.Err()
 		}
 	}
 }
 
-func (v *vm) connectOnce(ctx context.Context, port uint32, patience time.Duration) (*net.UnixConn, error) {
+func (v *vm) connectOnce(ctx context.Context, port uint32) (*net.UnixConn, error) {
 	var d net.Dialer
 	dialed, err := d.DialContext(ctx, "unix", vsockPath(v.Config.Dir))
 	if err != nil {
@@ -196,12 +217,7 @@ func (v *vm) connectOnce(ctx context.Context, port uint32, patience time.Duratio
 	}
 	conn := dialed.(*net.UnixConn)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	if err = conn.SetDeadline(time.Now().Add(patience)); err == nil {
-		err = handshake(conn, port)
-	}
-	if err == nil {
-		err = conn.SetDeadline(time.Time{})
-	}
+	err = handshake(conn, port)
 	if !stop() || err != nil {
 		conn.Close()
 		return nil, errors.Join(ctx.Err(), err)
