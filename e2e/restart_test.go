@@ -20,7 +20,7 @@ import (
 func TestRestart(t *testing.T) {
 	d := harness.Start(t)
 	pod := d.RunPod()
-	writer := pod.Run(images.Busybox, harness.Shell("i=0; while [ ! -e /stop ]; do i=$((i+1)); echo $i; [ $((i % 50)) = 0 ] && usleep 10000; done"))
+	writer := pod.Run(images.Busybox, harness.Shell("i=0; while [ ! -e /stop ]; do i=$((i+1)); echo $i; [ $((i % 50)) = 0 ] && usleep 10000; done; true"))
 	quitter := pod.Run(images.Busybox, harness.Shell("while [ ! -e /quit ]; do sleep 0.1; done; echo last words; exit 9"))
 	made := pod.Create(images.Busybox, sleeper)
 	gone := pod.Run(images.Busybox, harness.Shell("exit 4"))
