@@ -41,6 +41,7 @@ prepare:
 
 # Shows a pod in a VM, and takes everything away. DEMO=--keep leaves it running.
 demo: deps
+	@echo "building; the first time it takes some minutes"
 	@$(MAKE) --no-print-directory build guest prepare
 	go run $(GOFLAGS) ./e2e/demo $(DEMO)
 
@@ -50,6 +51,7 @@ demo-clean:
 # All tests: of packages, of the VM drivers' contract, end to end with real VMs, and critest.
 test:
 	@.ci/deps test
+	@echo "building; the first time it takes some minutes"
 	@$(MAKE) --no-print-directory build guest prepare
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory e2e
@@ -63,8 +65,9 @@ e2e:
 
 # The end-to-end tests with Cloud Hypervisor, and those with a kubelet, in an emulated node whose
 # KVM works.
-e2e-node: deps
+e2e-node:
 	@command -v cloud-hypervisor >/dev/null || { echo "e2e-node: nothing is tested: there is no cloud-hypervisor in PATH; put a release of it there"; exit 1; }
+	@.ci/deps node
 	@$(MAKE) --no-print-directory build guest prepare kubelet
 	@status=0; for what in suite kubelet; do go run $(GOFLAGS) ./e2e/node $$what -test.v || status=1; done; \
 	go run $(GOFLAGS) ./e2e/node down; exit $$status
@@ -77,7 +80,8 @@ kubelet:
 # BENCH='--endpoint NAME=unix:///SOCKET ...' the runtimes at these CRI sockets against one another.
 PODS := 10
 IDLE := 0
-bench: build guest prepare
+bench: deps
+	@$(MAKE) --no-print-directory build guest prepare
 ifdef BENCH
 	go run $(GOFLAGS) ./e2e/bench $(BENCH)
 else
