@@ -55,6 +55,12 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// Its shims' sockets are there, wherever its state is: in the suite's own /run. Made now, it is
+	// no leak of a daemon that runs beside it.
+	const shims = "/run/containerd"
+	if err := os.MkdirAll(shims, 0o711); err != nil {
+		t.Fatal(err)
+	}
 	log, err := os.Create(filepath.Join(dir, "containerd.log"))
 	if err != nil {
 		t.Fatal(err)
@@ -69,8 +75,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 		if err := errors.Join(cmd.Process.Signal(unix.SIGTERM), cmd.Wait()); err != nil {
 			t.Errorf("end containerd: %v", err)
 		}
-		// In the suite's own /run, wherever its state is.
-		if err := errors.Join(os.RemoveAll(dir), os.RemoveAll("/run/containerd")); err != nil {
+		if err := errors.Join(os.RemoveAll(dir), os.RemoveAll(shims)); err != nil {
 			t.Error(err)
 		}
 	})
