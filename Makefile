@@ -42,11 +42,12 @@ prepare:
 # Shows a pod in a VM, and takes everything away. DEMO=--keep leaves it running.
 demo: deps
 	@echo "building; the first time it takes some minutes"
-	@$(MAKE) --no-print-directory build guest prepare
-	go run $(GOFLAGS) ./e2e/demo $(DEMO)
+	@$(MAKE) --no-print-directory build guest
+	@go run $(GOFLAGS) ./e2e/prepare --only demo
+	@go run $(GOFLAGS) ./e2e/demo $(DEMO)
 
 demo-clean:
-	go run $(GOFLAGS) ./e2e/demo --clean
+	@go run $(GOFLAGS) ./e2e/demo --clean
 
 # All tests: of packages, of the VM drivers' contract, end to end with real VMs, and critest.
 test:

@@ -44,6 +44,7 @@ func show(ctx context.Context, keep bool) error {
 	}
 	say("all of it held, in %.0f s", time.Since(began).Seconds())
 	if !keep {
+		say("taking it all away")
 		return nil
 	}
 	fmt.Printf(`
@@ -218,7 +219,7 @@ func (p *pod) logs(ctx context.Context) error {
 
 // phases shows where the time of the pod's start went.
 func (p *pod) phases(ctx context.Context) error {
-	say("the phases of the pod's start (ms; they overlap)")
+	say("the phases of the pod's start (ms; they overlap; a first one waits until its template has booted)")
 	text, err := output(ctx, crictl("inspectp", p.id), io.Discard)
 	if err != nil {
 		return err

@@ -20,7 +20,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	output := flag.String("output", "build", "`folder` for images/, debs/ and tools/")
-	what := flag.String("only", "", "make only this: images or tools")
+	what := flag.String("only", "", "make only this: images, tools, or demo, which is the images and crictl")
 	flag.Parse()
 	if err := prepare(ctx, *output, *what); err != nil {
 		fmt.Fprintf(os.Stderr, "prepare: %v\n", err)
@@ -33,8 +33,14 @@ func prepare(ctx context.Context, output, what string) error {
 	if err != nil {
 		return err
 	}
+	switch what {
+	case "", "images", "tools", "demo":
+	default:
+		return fmt.Errorf("--only %s: it is images, tools or demo", what)
+	}
 	if what != "images" {
-		if err := step("tools", func() error { return tools(ctx, filepath.Join(output, "tools")) }); err != nil {
+		dir, all := filepath.Join(output, "tools"), what != "demo"
+		if err := step("tools, from their source", func() error { return tools(ctx, dir, all) }); err != nil {
 			return err
 		}
 	}
@@ -59,12 +65,15 @@ func step(name string, do func() error) error {
 // version has the tools say which version they are, as their releases do.
 const version = "-ldflags=-X sigs.k8s.io/cri-tools/pkg/version.Version=v1.36.0"
 
-// tools builds the programs that e2e/tools, a module of its own, pins.
-func tools(ctx context.Context, dir string) error {
-	for _, args := range [][]string{
-		{"build", "-trimpath", version, "-o", dir + "/", "sigs.k8s.io/cri-tools/cmd/crictl", "github.com/onsi/ginkgo/v2/ginkgo"},
-		{"test", "-c", "-trimpath", version, "-o", filepath.Join(dir, "critest"), "sigs.k8s.io/cri-tools/cmd/critest"},
-	} {
+// tools builds the programs that e2e/tools, a module of its own, pins: crictl, or all of them.
+func tools(ctx context.Context, dir string, all bool) error {
+	builds := [][]string{{"build", "-trimpath", version, "-o", dir + "/", "sigs.k8s.io/cri-tools/cmd/crictl"}}
+	if all {
+		builds = append(builds,
+			[]string{"build", "-trimpath", "-o", dir + "/", "github.com/onsi/ginkgo/v2/ginkgo"},
+			[]string{"test", "-c", "-trimpath", version, "-o", filepath.Join(dir, "critest"), "sigs.k8s.io/cri-tools/cmd/critest"})
+	}
+	for _, args := range builds {
 		run := exec.CommandContext(ctx, "go", args...)
 		run.Dir = filepath.Join("e2e", "tools")
 		run.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
