@@ -47,8 +47,12 @@ func show(ctx context.Context, keep bool) error {
 		say("taking it all away")
 		return nil
 	}
+	tool, err := writeCrictl()
+	if err != nil {
+		return err
+	}
 	fmt.Printf(`
-It keeps running. Try:
+It keeps running. Try, as root:
   %[1]s pods
   %[1]s ps
   %[1]s exec -it %[2]s sh
@@ -56,7 +60,7 @@ It keeps running. Try:
   ip netns exec %[3]s curl http://%[4]s/
   tail -f %[5]s
 and end it with: make demo-clean
-`, strings.Join(crictl().Args, " "), p.container[:13], namespace, p.ip, logPath())
+`, tool, p.container[:13], namespace, p.ip, logPath())
 	return os.WriteFile(keptPath(), nil, 0o644)
 }
 
@@ -70,6 +74,18 @@ func crictl(args ...string) *exec.Cmd {
 	}
 	address := "unix://" + socket()
 	return exec.Command(tool, append([]string{"-c", "/dev/null", "-r", address, "-i", address, "-t", "3m"}, args...)...)
+}
+
+// writeCrictl writes a crictl for who stands outside of the demo's namespace, where the streams of
+// exec and attach are served, and returns its path.
+func writeCrictl() (string, error) {
+	path := filepath.Join(folder, "crictl")
+	var words []string
+	for _, word := range crictl().Args {
+		words = append(words, "'"+strings.ReplaceAll(word, "'", `'\''`)+"'")
+	}
+	script := fmt.Sprintf("#!/bin/sh\nexec ip netns exec %s %s \"$@\"\n", namespace, strings.Join(words, " "))
+	return path, os.WriteFile(path, []byte(script), 0o755)
 }
 
 // run runs a command and shows what it prints.
