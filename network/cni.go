@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/vishvananda/netlink"
 
 	"github.com/caisson-vm/caisson/internal/undo"
 )
@@ -77,9 +78,11 @@ func New(o Options) *CNI {
 }
 
 // Setup makes the pod's network namespace, has the CNI's plugins fill it, and puts a tap beside
-// each interface they made. When it fails it has taken everything back. A pod that has a network,
-// or the remains of one, is errdefs.ErrAlreadyExists: Teardown comes first.
-func (n *CNI) Setup(ctx context.Context, p Pod) (*Attachment, error) {
+// each interface they made. The first tap is there before the plugins run, so that a VM can start
+// meanwhile: opened, where set, is called with its descriptor (see OpenTap), and must close it.
+// When Setup fails it has taken everything back. A pod that has a network, or the remains of one,
+// is errdefs.ErrAlreadyExists: Teardown comes first.
+func (n *CNI) Setup(ctx context.Context, p Pod, opened func(tap *os.File)) (*Attachment, error) {
 	if err := validID(p.ID); err != nil {
 		return nil, err
 	}
@@ -103,7 +106,7 @@ func (n *CNI) Setup(ctx context.Context, p Pod) (*Attachment, error) {
 	u.Push("tear down network of pod "+p.ID, func(ctx context.Context) error {
 		return n.Teardown(ctx, Pod{ID: p.ID})
 	})
-	a, err := n.setup(ctx, list, rt)
+	a, err := n.setup(ctx, list, rt, opened)
 	if err != nil {
 		return nil, err
 	}
@@ -111,15 +114,25 @@ func (n *CNI) Setup(ctx context.Context, p Pod) (*Attachment, error) {
 	return a, nil
 }
 
-func (n *CNI) setup(ctx context.Context, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf) (*Attachment, error) {
+func (n *CNI) setup(ctx context.Context, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf, opened func(tap *os.File)) (*Attachment, error) {
 	begin := time.Now()
 	// The record comes before anything it takes to undo, so that there is no moment at which a
 	// crash leaves what Teardown can't find.
 	if err := n.writeRecord(list, rt); err != nil {
 		return nil, err
 	}
-	if err := createNetNS(rt.NetNS); err != nil {
+	var tap *os.File
+	err := createNetNS(rt.NetNS, func(h *netlink.Handle) (err error) {
+		tap, err = createTap(h, tapName(0))
+		return err
+	})
+	if err != nil {
 		return nil, err
+	}
+	if opened != nil {
+		opened(tap)
+	} else {
+		tap.Close()
 	}
 	created := time.Now()
 	result, err := n.add(ctx, list, rt)

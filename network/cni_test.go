@@ -137,10 +137,13 @@ func TestPointToPoint(t *testing.T) {
 	}
 }
 
+// empty leaves a namespace as it is.
+func empty(*netlink.Handle) error { return nil }
+
 // What some plugins do behind the result's back: a gateway off the subnet, permanent neighbours.
 func TestInspectReadsTheKernel(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ns")
-	if err := createNetNS(path); err != nil {
+	if err := createNetNS(path, empty); err != nil {
 		t.Fatal(err)
 	}
 	defer deleteNetNS(path)
@@ -214,7 +217,7 @@ func TestCheck(t *testing.T) {
 func TestSetupTwice(t *testing.T) {
 	n := newBridgeNode(t)
 	n.setup(t, n.pod(1))
-	if _, err := n.Setup(t.Context(), n.pod(1)); !errdefs.IsAlreadyExists(err) {
+	if _, err := n.Setup(t.Context(), n.pod(1), nil); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("second setup: %v, want already exists", err)
 	}
 	if err := n.Check(t.Context(), n.pod(1).ID); err != nil {
@@ -276,7 +279,7 @@ func TestInvalidPods(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := n.pod(1)
 			change(&p)
-			if _, err := n.Setup(t.Context(), p); !errdefs.IsInvalidArgument(err) {
+			if _, err := n.Setup(t.Context(), p, nil); !errdefs.IsInvalidArgument(err) {
 				t.Errorf("setup: %v, want invalid argument", err)
 			}
 		})
@@ -289,7 +292,7 @@ func TestManyPodsAtOnceLeakNothing(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 8 {
 			wg.Go(func() {
-				a, err := n.Setup(t.Context(), n.pod(i))
+				a, err := n.Setup(t.Context(), n.pod(i), nil)
 				if err != nil {
 					t.Error(err)
 					return

@@ -23,7 +23,7 @@ func TestTeardownAfterACrash(t *testing.T) {
 		},
 		"before ADD": func(t *testing.T, n *node, p Pod) {
 			n.record(t, p)
-			if err := createNetNS(n.netnsPath(p.ID)); err != nil {
+			if err := createNetNS(n.netnsPath(p.ID), empty); err != nil {
 				t.Fatal(err)
 			}
 		},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -70,6 +71,39 @@ func TestGuestIsReachedFromTheNode(t *testing.T) {
 		if g.pings.Load() == before {
 			t.Errorf("%s was answered, but not by the guest", addr)
 		}
+	}
+}
+
+// A VM that starts while the plugins run has its tap from before.
+func TestTapIsThereBeforeThePluginsRun(t *testing.T) {
+	n := newBridgeNode(t)
+	var tap *os.File
+	a, err := n.Setup(t.Context(), n.pod(1), func(f *os.File) {
+		tap = f
+		if _, err := os.Stat(n.ipamDir()); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the plugins have run: %v", err)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.teardown(t, n.pod(1).ID)
+	for _, addr := range newGuestAt(t, tap, a).addrs {
+		answered(t, addr)
+	}
+}
+
+func TestLooseTap(t *testing.T) {
+	tap, err := LooseTap()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tap.Close()
+	if _, err := tap.Write(make([]byte, vnetHeader+etherHeader)); err != nil {
+		t.Errorf("send: %v", err)
+	}
+	if _, err := net.InterfaceByName(tap.Name()); err == nil {
+		t.Errorf("%s is an interface of the node's own", tap.Name())
 	}
 }
 

@@ -35,11 +35,17 @@ const (
 // newGuest attaches a guest to the first interface and runs it until the test ends.
 func newGuest(t *testing.T, n *node, a *Attachment) *guest {
 	t.Helper()
+	return newGuestAt(t, openTap(t, n, a), a)
+}
+
+// newGuestAt runs a guest at the first interface's tap.
+func newGuestAt(t *testing.T, tap *os.File, a *Attachment) *guest {
+	t.Helper()
 	mac, err := net.ParseMAC(a.Interfaces[0].MAC)
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &guest{tap: openTap(t, n, a), mac: mac, syn: make(chan uint16, 64), echo: make(chan netip.Addr, 64), arp: make(chan net.HardwareAddr, 64)}
+	g := &guest{tap: tap, mac: mac, syn: make(chan uint16, 64), echo: make(chan netip.Addr, 64), arp: make(chan net.HardwareAddr, 64)}
 	for _, cidr := range a.Interfaces[0].Addresses {
 		g.addrs = append(g.addrs, netip.MustParsePrefix(cidr).Addr())
 	}

@@ -13,8 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// createNetNS makes a network namespace with loopback up and keeps it by a bind mount at path.
-func createNetNS(path string) error {
+// createNetNS makes a network namespace with loopback up and what fill makes in it, and keeps it by a
+// bind mount at path.
+func createNetNS(path string, fill func(*netlink.Handle) error) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return fmt.Errorf("network namespace: %w", err)
 	}
@@ -25,7 +26,7 @@ func createNetNS(path string) error {
 	f.Close()
 	enter := func() error { return unix.Unshare(unix.CLONE_NEWNET) }
 	err = onThread(enter, func() error {
-		if err := prepareNetNS(); err != nil {
+		if err := prepareNetNS(fill); err != nil {
 			return err
 		}
 		if err := unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""); err != nil {
@@ -42,7 +43,7 @@ func createNetNS(path string) error {
 // prepareNetNS sets up the namespace that the thread is in. The stack in it never speaks for the
 // pod, the guest does, so it neither asks for routers nor probes for duplicate addresses; without
 // the probe an IPv6 address is valid at once instead of after a second or two.
-func prepareNetNS() error {
+func prepareNetNS(fill func(*netlink.Handle) error) error {
 	for _, s := range []struct{ name, value string }{
 		{"accept_ra", "0"}, {"autoconf", "0"}, {"router_solicitations", "0"},
 		{"accept_dad", "0"}, {"dad_transmits", "0"},
@@ -63,7 +64,7 @@ func prepareNetNS() error {
 	if err := h.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("loopback up: %w", err)
 	}
-	return nil
+	return fill(h)
 }
 
 // ipv6Sysctl writes a setting of an interface of the thread's namespace; a kernel without IPv6

@@ -23,8 +23,12 @@ const tunDevice = "/dev/net/tun"
 // or not, and a VM takes one descriptor per card.
 const tapFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
 
-// connect puts a tap beside each interface in the pod's namespace, redirects what arrives at
-// either to the other, and returns what the guest's cards must be like, the primary first.
+// tapName is that of the tap behind a pod's i-th interface.
+func tapName(i int) string { return fmt.Sprintf("caisson%d", i) }
+
+// connect puts a tap beside each interface in the pod's namespace, where the first is already,
+// redirects what arrives at either to the other, and returns what the guest's cards must be like, the
+// primary first.
 //
 // The interfaces keep their addresses, though those are the guest's: CHECK wants to see them, and
 // DEL of the bridge plugin takes the addresses whose masquerading it removes from there. The
@@ -47,8 +51,14 @@ func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interf
 			if err != nil {
 				return fmt.Errorf("interface %s: %w", link.Attrs().Name, err)
 			}
-			iface.Tap = fmt.Sprintf("caisson%d", i)
-			if err := n.addTap(h, iface.Tap, link); err != nil {
+			iface.Tap = tapName(i)
+			if i > 0 {
+				err = leaveTap(h, iface.Tap)
+			}
+			if err == nil {
+				err = n.join(h, iface.Tap, link)
+			}
+			if err != nil {
 				return fmt.Errorf("tap for interface %s: %w", link.Attrs().Name, err)
 			}
 			ifaces = append(ifaces, iface)
@@ -89,13 +99,9 @@ func podLinks(h *netlink.Handle, primary string, result *types100.Result) ([]net
 	return links, nil
 }
 
-// addTap makes a tap in the thread's namespace and joins it to link.
-func (n *CNI) addTap(h *netlink.Handle, name string, link netlink.Link) error {
-	if err := createTap(name); err != nil {
-		return err
-	}
-	// Up, the namespace's stack would greet the guest with its own neighbour discovery.
-	if err := ipv6Sysctl(name, "disable_ipv6", "1"); err != nil {
+// join makes a tap of the thread's namespace and link one.
+func (n *CNI) join(h *netlink.Handle, name string, link netlink.Link) error {
+	if err := silence(name); err != nil { // again: a plugin may have changed it for all interfaces
 		return err
 	}
 	tap, err := h.LinkByName(name)
@@ -105,9 +111,6 @@ func (n *CNI) addTap(h *netlink.Handle, name string, link netlink.Link) error {
 	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
 		return fmt.Errorf("mtu %d of %s: %w", link.Attrs().MTU, name, err)
 	}
-	if err := h.LinkSetUp(tap); err != nil {
-		return fmt.Errorf("%s up: %w", name, err)
-	}
 	for _, way := range [][2]netlink.Link{{link, tap}, {tap, link}} {
 		if err := n.redirect(h, way[0], way[1]); err != nil {
 			return fmt.Errorf("redirect %s to %s: %w", way[0].Attrs().Name, way[1].Attrs().Name, err)
@@ -116,21 +119,69 @@ func (n *CNI) addTap(h *netlink.Handle, name string, link netlink.Link) error {
 	return nil
 }
 
-// createTap makes a tap in the thread's namespace that outlives its descriptor.
-func createTap(name string) error {
+// silence keeps the namespace's stack from greeting the guest with its own neighbour discovery.
+func silence(tap string) error { return ipv6Sysctl(tap, "disable_ipv6", "1") }
+
+// createTap makes a tap in the thread's namespace that is up and outlives its descriptor.
+func createTap(h *netlink.Handle, name string) (*os.File, error) {
+	fd, err := attachTap(name, tapFlags|unix.IFF_TUN_EXCL)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), name)
+	if err := makeTap(h, fd, name); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func makeTap(h *netlink.Handle, fd int, name string) error {
+	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make %s persistent: %w", name, err)
+	}
+	if err := silence(name); err != nil {
+		return err
+	}
+	tap, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	if err := h.LinkSetUp(tap); err != nil {
+		return fmt.Errorf("%s up: %w", name, err)
+	}
+	return nil
+}
+
+// leaveTap makes a tap for OpenTap.
+func leaveTap(h *netlink.Handle, name string) error {
 	// A child forked meanwhile would hold a copy of the descriptor until its exec, and OpenTap
 	// would find the tap in use.
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	fd, err := attachTap(name, tapFlags|unix.IFF_TUN_EXCL)
+	tap, err := createTap(h, name)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
-		return fmt.Errorf("make %s persistent: %w", name, err)
+	return tap.Close()
+}
+
+// LooseTap returns the descriptor of a tap that is joined to nothing and goes with its last
+// descriptor: for the card of a VM that has no network.
+func LooseTap() (tap *os.File, err error) {
+	err = onThread(func() error { return unix.Unshare(unix.CLONE_NEWNET) }, func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("netlink: %w", err)
+		}
+		defer h.Close()
+		tap, err = createTap(h, tapName(0))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make a tap: %w", err)
 	}
-	return nil
+	return tap, nil
 }
 
 // OpenTap returns a descriptor of the i-th interface's tap, non-blocking, to be given to a VMM.

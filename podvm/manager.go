@@ -22,7 +22,7 @@ import (
 
 // Network is what podvm needs of the network; *network.CNI is one.
 type Network interface {
-	Setup(ctx context.Context, p network.Pod) (*network.Attachment, error)
+	Setup(ctx context.Context, p network.Pod, opened func(tap *os.File)) (*network.Attachment, error)
 	Teardown(ctx context.Context, p network.Pod) error
 	OpenTap(a *network.Attachment, i int) (*os.File, error)
 	GC(ctx context.Context, pods []string) error

@@ -190,7 +190,7 @@ func (f *fakeNetwork) pods() []string {
 	return slices.Collect(maps.Keys(f.up))
 }
 
-func (f *fakeNetwork) Setup(_ context.Context, p network.Pod) (*network.Attachment, error) {
+func (f *fakeNetwork) Setup(_ context.Context, p network.Pod, opened func(*os.File)) (*network.Attachment, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.up == nil {
@@ -203,10 +203,15 @@ func (f *fakeNetwork) Setup(_ context.Context, p network.Pod) (*network.Attachme
 	if err := f.fail["Setup"]; err != nil {
 		return nil, err
 	}
+	tap, err := os.Open("/dev/null")
+	if err != nil {
+		return nil, err
+	}
+	opened(tap)
 	return &network.Attachment{NetNS: "/run/netns/" + p.ID, Interfaces: []network.Interface{{
 		Name: "eth0", Tap: "tap0", MAC: "02:00:00:00:00:01", MTU: 1450, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
 		Routes: []network.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1"}}, Neighbours: []network.Neighbour{{Address: "10.1.2.1", MAC: "02:00:00:00:00:02"}},
-	}}}, nil
+	}, {Name: "net1", Tap: "tap1", MAC: "02:00:00:00:00:03"}}}, nil
 }
 
 func (f *fakeNetwork) Teardown(_ context.Context, p network.Pod) error {

@@ -61,7 +61,7 @@ func Prepare(ctx context.Context, v vmm.VM) error {
 	if err != nil {
 		return err
 	}
-	if _, err := rpc.Prepare(ctx, &agent.PrepareRequest{ScratchAddr: scratchAddress()}); err != nil {
+	if _, err := rpc.Prepare(ctx, &agent.PrepareRequest{ScratchAddr: scratchAddress(), CardMac: vmm.CardMAC}); err != nil {
 		return fmt.Errorf("prepare the guest: %w", err)
 	}
 	return nil

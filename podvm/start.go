@@ -26,6 +26,8 @@ import (
 type birth struct {
 	*Pod
 	began time.Time
+	// tap gets the tap of the first interface, which the VM starts with.
+	tap chan *os.File
 	// launched is closed when the VM takes devices; its guest may still be booting.
 	launched chan struct{}
 
@@ -53,7 +55,7 @@ func (b *birth) time(name string, do func() error) error {
 
 // startPod makes a pod: network and VM at the same time, then what needs both. What fails is undone.
 func (m *Manager) startPod(ctx context.Context, p *Pod) error {
-	b := &birth{Pod: p, began: time.Now(), launched: make(chan struct{}), config: p.record.now().VM}
+	b := &birth{Pod: p, began: time.Now(), tap: make(chan *os.File, 1), launched: make(chan struct{}), config: p.record.now().VM}
 	c := p.record.now().Config
 	if err := b.run(ctx); err != nil {
 		err = p.explain(err)
@@ -75,6 +77,11 @@ func (b *birth) run(ctx context.Context) error {
 	group.Go(func() error { return b.connect(both) })
 	group.Go(func() error { return b.boot(both) })
 	if err := group.Wait(); err != nil {
+		select {
+		case tap := <-b.tap: // nobody came to fetch it
+			tap.Close()
+		default:
+		}
 		return err
 	}
 	if err := b.time("addresses", func() error { return b.address(ctx) }); err != nil {
@@ -127,13 +134,13 @@ func (b *birth) prepare() error {
 	return makeCgroup(cgroup)
 }
 
-// connect gives the pod its network, and the VM the cards for it.
+// connect gives the pod its network, and the VM the cards for it that it does not have yet.
 func (b *birth) connect(ctx context.Context) error {
 	err := b.time("network", func() (err error) {
-		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config))
+		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config), func(tap *os.File) { b.tap <- tap })
 		return err
 	})
-	if err != nil {
+	if err != nil || len(b.network.Interfaces) < 2 {
 		return err
 	}
 	select {
@@ -156,6 +163,9 @@ func networkPod(id string, c PodConfig) network.Pod {
 
 func (b *birth) addNICs(ctx context.Context) error {
 	for i, nic := range b.network.Interfaces {
+		if i == 0 {
+			continue // the VM has it from the beginning
+		}
 		mac, err := net.ParseMAC(nic.MAC)
 		if err != nil {
 			return fmt.Errorf("%s: %w", nic.Name, err)
@@ -175,7 +185,12 @@ func (b *birth) addNICs(ctx context.Context) error {
 
 // boot starts the VM, and gives it its identity and its size.
 func (b *birth) boot(ctx context.Context) error {
-	if err := b.launch(ctx); err != nil {
+	if err := b.time("netns", func() error { return b.awaitTap(ctx) }); err != nil {
+		return err
+	}
+	err := b.launch(ctx)
+	b.config.Tap.Close()
+	if err != nil {
 		return err
 	}
 	close(b.launched)
@@ -190,6 +205,16 @@ func (b *birth) boot(ctx context.Context) error {
 		return err
 	}
 	return b.time("size", func() error { return b.fit(ctx, b.record.now().Config, nil) })
+}
+
+// awaitTap waits for the tap that the VM starts with.
+func (b *birth) awaitTap(ctx context.Context) error {
+	select {
+	case b.config.Tap = <-b.tap:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // launch starts the VM as a clone of a template, or cold where there is none. What went wrong with
@@ -289,8 +314,11 @@ func hostname(id string, c PodConfig) string {
 // address has the guest configure its network cards.
 func (b *birth) address(ctx context.Context) error {
 	request := &agent.NetworkRequest{}
-	for _, i := range b.network.Interfaces {
+	for n, i := range b.network.Interfaces {
 		nic := &agent.Interface{Name: i.Name, Mac: i.MAC, Mtu: uint32(i.MTU), Addresses: i.Addresses}
+		if n == 0 {
+			nic.CardMac = vmm.CardMAC
+		}
 		for _, r := range i.Routes {
 			nic.Routes = append(nic.Routes, &agent.Route{
 				Destination: r.Destination, Gateway: r.Gateway, Source: r.Source, Metric: uint32(r.Metric), Scope: uint32(r.Scope),

@@ -29,7 +29,7 @@ func (noVMs) Name() string                                       { return "none"
 // noNetwork connects nothing.
 type noNetwork struct{}
 
-func (noNetwork) Setup(context.Context, network.Pod) (*network.Attachment, error) {
+func (noNetwork) Setup(context.Context, network.Pod, func(*os.File)) (*network.Attachment, error) {
 	return &network.Attachment{}, nil
 }
 func (noNetwork) Teardown(context.Context, network.Pod) error { return nil }

@@ -121,7 +121,7 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 			Config: vmm.Config{
 				Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most, Disk: podvm.ScratchDisk(),
 			},
-			MakeDisk: scratch.Create, Prepare: podvm.Prepare,
+			MakeDisk: scratch.Create, OpenTap: network.LooseTap, Prepare: podvm.Prepare,
 		})
 		if err != nil {
 			return err

@@ -116,6 +116,7 @@ func (*Empty) Descriptor() ([]byte, []int) {
 type PrepareRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ScratchAddr   string                 `protobuf:"bytes,1,opt,name=scratch_addr,json=scratchAddr,proto3" json:"scratch_addr,omitempty"` // as in SetupRequest
+	CardMac       string                 `protobuf:"bytes,2,opt,name=card_mac,json=cardMac,proto3" json:"card_mac,omitempty"`             // the card that becomes eth0, and is up; "" = none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -153,6 +154,13 @@ func (*PrepareRequest) Descriptor() ([]byte, []int) {
 func (x *PrepareRequest) GetScratchAddr() string {
 	if x != nil {
 		return x.ScratchAddr
+	}
+	return ""
+}
+
+func (x *PrepareRequest) GetCardMac() string {
+	if x != nil {
+		return x.CardMac
 	}
 	return ""
 }
@@ -432,11 +440,12 @@ func (x *NetworkRequest) GetInterfaces() []*Interface {
 type Interface struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // eth0
-	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`   // the card is found by it
+	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`   // what the card's address is to be
 	Mtu           uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`
 	Addresses     []string               `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"` // CIDR
 	Routes        []*Route               `protobuf:"bytes,5,rep,name=routes,proto3" json:"routes,omitempty"`
 	Neighbours    []*Neighbour           `protobuf:"bytes,6,rep,name=neighbours,proto3" json:"neighbours,omitempty"`
+	CardMac       string                 `protobuf:"bytes,7,opt,name=card_mac,json=cardMac,proto3" json:"card_mac,omitempty"` // the card is found by it; "" = mac
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -511,6 +520,13 @@ func (x *Interface) GetNeighbours() []*Neighbour {
 		return x.Neighbours
 	}
 	return nil
+}
+
+func (x *Interface) GetCardMac() string {
+	if x != nil {
+		return x.CardMac
+	}
+	return ""
 }
 
 type Route struct {
@@ -2625,9 +2641,10 @@ var File_agent_proto protoreflect.FileDescriptor
 const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"\vagent.proto\x12\x10caisson.agent.v1\"\a\n" +
-	"\x05Empty\"3\n" +
+	"\x05Empty\"N\n" +
 	"\x0ePrepareRequest\x12!\n" +
-	"\fscratch_addr\x18\x01 \x01(\tR\vscratchAddr\"\xff\x02\n" +
+	"\fscratch_addr\x18\x01 \x01(\tR\vscratchAddr\x12\x19\n" +
+	"\bcard_mac\x18\x02 \x01(\tR\acardMac\"\xff\x02\n" +
 	"\fSetupRequest\x12\x15\n" +
 	"\x06pod_id\x18\x01 \x01(\tR\x05podId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x19\n" +
@@ -2653,7 +2670,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x0eNetworkRequest\x12;\n" +
 	"\n" +
 	"interfaces\x18\x01 \x03(\v2\x1b.caisson.agent.v1.InterfaceR\n" +
-	"interfaces\"\xcf\x01\n" +
+	"interfaces\"\xea\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -2662,7 +2679,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x06routes\x18\x05 \x03(\v2\x17.caisson.agent.v1.RouteR\x06routes\x12;\n" +
 	"\n" +
 	"neighbours\x18\x06 \x03(\v2\x1b.caisson.agent.v1.NeighbourR\n" +
-	"neighbours\"\x89\x01\n" +
+	"neighbours\x12\x19\n" +
+	"\bcard_mac\x18\a \x01(\tR\acardMac\"\x89\x01\n" +
 	"\x05Route\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +

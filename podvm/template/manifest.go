@@ -18,7 +18,7 @@ import (
 )
 
 // format is the version of the layout and of the manifest.
-const format = 1
+const format = 2
 
 const manifestName = "template.json"
 

@@ -40,6 +40,8 @@ type Options struct {
 	Config vmm.Config
 	// MakeDisk, where set, makes the file of Config.Disk.
 	MakeDisk func(path string) error
+	// OpenTap, where set, opens the tap of Config.Tap, which is needed only until the snapshot.
+	OpenTap func() (*os.File, error)
 	// Prepare, where set, is called with the booted VM before it is snapshotted: what it does there
 	// no clone need do.
 	Prepare func(context.Context, vmm.VM) error
@@ -223,7 +225,8 @@ const runPrefix = "template-"
 
 // make boots a VM with its memory in a file and snapshots it.
 func (s *Store) make(ctx context.Context, dir, scope string) error {
-	if err := os.RemoveAll(dir); err != nil {
+	err := os.RemoveAll(dir)
+	if err != nil {
 		return err
 	}
 	var u undo.Stack
@@ -244,6 +247,12 @@ func (s *Store) make(ctx context.Context, dir, scope string) error {
 		if err := s.options.MakeDisk(c.Disk.Path); err != nil {
 			return err
 		}
+	}
+	if s.options.OpenTap != nil {
+		if c.Tap, err = s.options.OpenTap(); err != nil {
+			return err
+		}
+		defer c.Tap.Close()
 	}
 	v, err := s.options.Driver.Launch(ctx, c)
 	if err != nil {

@@ -3,6 +3,7 @@ package template
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -124,7 +125,7 @@ func TestDamagedIsMadeAnew(t *testing.T) {
 			return os.WriteFile(filepath.Join(dir, manifestName), []byte(`{"format":0}`), 0o600)
 		},
 		"names a parent": func(dir string) error {
-			return os.WriteFile(filepath.Join(dir, manifestName), []byte(`{"format":1,"files":{"../x":{"size":1}}}`), 0o600)
+			return os.WriteFile(filepath.Join(dir, manifestName), fmt.Appendf(nil, `{"format":%d,"files":{"../x":{"size":1}}}`, format), 0o600)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,9 +1,9 @@
 // Package vmm is the seam between a pod and the virtual machine monitor that runs it. Its
 // implementations are in the folders below it, and all pass the contract in vmmtest.
 //
-// A VM boots bare: kernel, initramfs, the channel to the agent, room for hotplug. Everything that
-// belongs to one pod (disks, network, vCPUs, memory) is added afterwards, so that a cold boot and
-// a clone of a template are used in the same way.
+// A VM boots with what every pod has: kernel, initramfs, the channel to the agent, a disk to write to,
+// a network card, room for hotplug. What only some have (images, further cards, vCPUs, memory) is
+// added afterwards, so that a cold boot and a clone of a template are used in the same way.
 package vmm
 
 import (
@@ -28,6 +28,10 @@ const ReadyPort = 1025
 
 // SerialAddress is where the guest finds a disk that is a block device.
 func SerialAddress(serial string) string { return "serial:" + serial }
+
+// CardMAC is the address of the network card that a VM has from the beginning, until its guest gives it
+// another one.
+const CardMAC = "02:ca:15:50:00:01"
 
 // SerialMax is the longest disk serial, in bytes (virtio-blk's own limit).
 const SerialMax = 20
@@ -107,6 +111,10 @@ type Config struct {
 	// SerialAddress(Disk.Serial). A template's clones have it too, each with a file of its own that
 	// begins as a copy of the template's as it was at the snapshot.
 	Disk *Disk `json:",omitempty"`
+	// Tap, where set, backs a network card with the address CardMAC that is there from the beginning.
+	// The VM has its own duplicate of the descriptor when Launch returns; the caller closes its own. A
+	// template and its clones all have such a card, or none has.
+	Tap *os.File `json:"-"`
 	// Cgroup, where set, is the absolute path of an existing cgroup v2 directory into which the
 	// VMM process is started.
 	Cgroup string `json:",omitempty"`

@@ -27,8 +27,15 @@ func network(ctx context.Context, req *agent.NetworkRequest) error {
 	return nil
 }
 
-func setInterface(ctx context.Context, i *agent.Interface) error {
-	mac, err := net.ParseMAC(i.Mac)
+// cardName is how almost every pod's first interface is called.
+const cardName = "eth0"
+
+// prepareCard does what can be done for a card before it is known whose it will be: it is up, and
+// silent, because its address is not its own.
+func prepareCard(ctx context.Context, address string) error {
+	ctx, cancel := context.WithTimeout(ctx, deviceWait)
+	defer cancel()
+	mac, err := net.ParseMAC(address)
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
@@ -36,22 +43,27 @@ func setInterface(ctx context.Context, i *agent.Interface) error {
 	if err != nil {
 		return err
 	}
-	if link, err = rename(link, i.Name); err != nil {
+	if link, err = rename(link, cardName); err != nil {
 		return err
 	}
-	// The pod's addresses and routes are those given: none by router advertisements.
-	for _, name := range []string{"accept_ra", "accept_dad"} {
-		if err := sysctl("net/ipv6/conf/"+i.Name+"/"+name, "0"); err != nil && !errdefs.IsInvalidArgument(err) {
-			return err
-		}
+	if err := ipv6(cardName, "disable_ipv6", "1"); err != nil {
+		return err
 	}
-	if i.Mtu != 0 {
+	return up(link)
+}
+
+func setInterface(ctx context.Context, i *agent.Interface) error {
+	link, err := identifyCard(ctx, i)
+	if err != nil {
+		return err
+	}
+	if i.Mtu != 0 && int(i.Mtu) != link.Attrs().MTU {
 		if err := netlink.LinkSetMTU(link, int(i.Mtu)); err != nil {
 			return fmt.Errorf("set MTU %d: %w", i.Mtu, err)
 		}
 	}
-	if err := netlink.LinkSetUp(link); err != nil {
-		return fmt.Errorf("bring up: %w", err)
+	if err := up(link); err != nil {
+		return err
 	}
 	for _, address := range i.Addresses {
 		if err := addAddress(link, address); err != nil {
@@ -71,8 +83,64 @@ func setInterface(ctx context.Context, i *agent.Interface) error {
 	return nil
 }
 
+// identifyCard finds a card and gives it the name and the address that it is to have.
+func identifyCard(ctx context.Context, i *agent.Interface) (netlink.Link, error) {
+	mac, err := net.ParseMAC(i.Mac)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	present := mac
+	if i.CardMac != "" {
+		if present, err = net.ParseMAC(i.CardMac); err != nil {
+			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		}
+	}
+	link, err := awaitLink(ctx, present)
+	if err != nil {
+		return nil, err
+	}
+	if link, err = rename(link, i.Name); err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(present, mac) {
+		if err := netlink.LinkSetHardwareAddr(link, mac); err != nil {
+			return nil, fmt.Errorf("set address: %w", err)
+		}
+	}
+	// The pod's addresses and routes are those given: none by router advertisements. CNI made sure
+	// that they are the pod's own, so that nobody need be asked.
+	for _, s := range [][2]string{{"accept_ra", "0"}, {"accept_dad", "0"}, {"disable_ipv6", "0"}} {
+		if err := ipv6(i.Name, s[0], s[1]); err != nil {
+			return nil, err
+		}
+	}
+	return link, nil
+}
+
+// ipv6 sets a parameter of a card; a kernel without IPv6 has none.
+func ipv6(card, name, value string) error {
+	err := sysctl("net/ipv6/conf/"+card+"/"+name, value)
+	if errdefs.IsInvalidArgument(err) {
+		return nil
+	}
+	return err
+}
+
+func up(link netlink.Link) error {
+	if link.Attrs().Flags&net.FlagUp != 0 {
+		return nil
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring up: %w", err)
+	}
+	return nil
+}
+
 // awaitLink finds the card by its address, waiting by the kernel's events for it to appear.
 func awaitLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) {
+	if link, err := findLink(mac); link != nil || err != nil {
+		return link, err
+	}
 	done := make(chan struct{})
 	defer close(done)
 	updates := make(chan netlink.LinkUpdate, 64)
@@ -89,14 +157,8 @@ func awaitLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) 
 		return nil, fmt.Errorf("watch network cards: %w", err)
 	}
 	for {
-		links, err := netlink.LinkList()
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return nil, fmt.Errorf("list network cards: %w", err)
-		}
-		for _, link := range links {
-			if bytes.Equal(link.Attrs().HardwareAddr, mac) {
-				return link, nil
-			}
+		if link, err := findLink(mac); link != nil || err != nil {
+			return link, err
 		}
 		select {
 		case <-updates:
@@ -106,6 +168,20 @@ func awaitLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) 
 			return nil, fmt.Errorf("no card with this address appeared in the guest: %w", errdefs.ErrNotFound)
 		}
 	}
+}
+
+// findLink finds the card with the address; nil where there is none.
+func findLink(mac net.HardwareAddr) (netlink.Link, error) {
+	links, err := netlink.LinkList()
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list network cards: %w", err)
+	}
+	for _, link := range links {
+		if bytes.Equal(link.Attrs().HardwareAddr, mac) {
+			return link, nil
+		}
+	}
+	return nil, nil
 }
 
 func rename(link netlink.Link, name string) (netlink.Link, error) {
@@ -128,7 +204,6 @@ func addAddress(link netlink.Link, address string) error {
 	}
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: ipNet.Mask}}
 	if ip.To4() == nil {
-		// CNI made sure that the address is the pod's own.
 		addr.Flags = unix.IFA_F_NODAD
 	}
 	if err := netlink.AddrReplace(link, addr); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -78,6 +79,68 @@ func TestNetwork(t *testing.T) {
 	}
 }
 
+// TestCard: a card that is there from the beginning becomes a pod's.
+func TestCard(t *testing.T) {
+	inNetwork(t)
+	const from = "02:ca:15:50:00:01"
+	first, err := net.ParseMAC(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer := net.HardwareAddr{2, 0, 0, 0, 0, 8}
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ens3", HardwareAddr: first}, PeerName: "peer", PeerHardwareAddr: peer}); err != nil {
+		t.Fatal(err)
+	}
+	other, err := netlink.LinkByName("peer")
+	if err == nil {
+		err = netlink.LinkSetUp(other)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // a call that is repeated
+		if err := prepareCard(t.Context(), from); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if link, addrs := card(t); link.Attrs().Flags&net.FlagUp == 0 || len(addrs) != 0 {
+		t.Errorf("prepared: %+v with %v, want it up and silent", link.Attrs(), addrs)
+	}
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	err = network(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+		Name: "eth0", Mac: mac.String(), CardMac: from, Mtu: 1400, Addresses: []string{"10.1.2.3/24"},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	link, addrs := card(t)
+	if a := link.Attrs(); a.MTU != 1400 || a.Flags&net.FlagUp == 0 || a.HardwareAddr.String() != mac.String() {
+		t.Errorf("card: %+v", a)
+	}
+	var all []string
+	for _, a := range addrs {
+		all = append(all, a.IPNet.String())
+	}
+	slices.Sort(all)
+	if want := []string{"10.1.2.3/24", "fe80::ff:fe00:9/64"}; !slices.Equal(all, want) {
+		t.Errorf("addresses %v, want %v: those given, and one of its own address", all, want)
+	}
+}
+
+// card is eth0 and its addresses.
+func card(t *testing.T) (netlink.Link, []netlink.Addr) {
+	t.Helper()
+	link, err := netlink.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return link, addrs
+}
+
 func TestNetworkFails(t *testing.T) {
 	inNetwork(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
@@ -94,7 +157,7 @@ func TestNetworkFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, i := range map[string]*agent.Interface{
-		"mac": {Name: "eth0", Mac: "x"}, "address": {Addresses: []string{"10.0.0.1"}},
+		"mac": {Name: "eth0", Mac: "x"}, "card": {Mac: mac.String(), CardMac: "x"}, "address": {Addresses: []string{"10.0.0.1"}},
 		"route": {Routes: []*agent.Route{{Destination: "x"}}}, "gateway": {Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "x"}}},
 		"neighbour": {Neighbours: []*agent.Neighbour{{Address: "10.0.0.1", Mac: "x"}}},
 	} {

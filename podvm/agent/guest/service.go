@@ -11,7 +11,7 @@ import (
 type service struct{ a *Agent }
 
 func (s service) Prepare(ctx context.Context, req *agent.PrepareRequest) (*agent.Empty, error) {
-	return &agent.Empty{}, s.a.prepare(ctx, req.ScratchAddr)
+	return &agent.Empty{}, s.a.doPrepare(ctx, req)
 }
 
 func (s service) Setup(ctx context.Context, req *agent.SetupRequest) (*agent.SetupResponse, error) {

@@ -156,6 +156,16 @@ func sysctl(name, value string) error {
 	return nil
 }
 
+// doPrepare makes this guest one that any pod's can begin as.
+func (a *Agent) doPrepare(ctx context.Context, req *agent.PrepareRequest) error {
+	if req.CardMac != "" {
+		if err := prepareCard(ctx, req.CardMac); err != nil {
+			return fmt.Errorf("network card %s: %w", req.CardMac, err)
+		}
+	}
+	return a.prepare(ctx, req.ScratchAddr)
+}
+
 // prepare makes what every pod has: /dev/shm, the containers' cgroup, the scratch disk. It is done
 // once; a clone has it from its template.
 func (a *Agent) prepare(ctx context.Context, scratchAddr string) error {

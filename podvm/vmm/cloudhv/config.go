@@ -95,6 +95,20 @@ type netConfig struct {
 	MAC string `json:"mac"`
 }
 
+// restoreConfig is the part of Cloud Hypervisor's RestoreConfig that is in use. The descriptors
+// themselves travel beside the request.
+// Source: vmm/src/config.rs of Cloud Hypervisor.
+type restoreConfig struct {
+	SourceURL string   `json:"source_url"`
+	Resume    bool     `json:"resume"`
+	NetFDs    []netFDs `json:"net_fds,omitempty"`
+}
+
+type netFDs struct {
+	ID    string `json:"id"`
+	Count int    `json:"num_fds"`
+}
+
 const (
 	zone = "mem0"
 	// guestCID is the same in every VM: each has a socket of its own.

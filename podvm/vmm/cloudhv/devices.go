@@ -19,6 +19,8 @@ import (
 const (
 	pmemID = "pmem-"
 	nicID  = "nic-"
+	// cardID is the network card that is there from the beginning.
+	cardID = nicID + "0"
 )
 
 // pmemBlock is what the size of a pmem device must be a multiple of, in bytes.

@@ -50,7 +50,7 @@ func (v *vm) boot(ctx context.Context) error {
 			return err
 		}
 		close(v.ready) // the template's agent was, and the clone's is from its first instruction
-		return v.api.put(ctx, "vm.restore", map[string]any{"source_url": "file://" + dir, "resume": true}, nil)
+		return v.restore(ctx, dir)
 	}
 	if v.Config.MemoryFile != "" {
 		if err := makeMemoryFile(v.Config.MemoryFile, v.Config.Size.Memory); err != nil {
@@ -65,7 +65,22 @@ func (v *vm) boot(ctx context.Context) error {
 	if err := v.api.put(ctx, "vm.create", bootConfig(v.Config), nil); err != nil {
 		return err
 	}
+	if v.Config.Tap != nil {
+		if err := v.api.putFile(ctx, "vm.add-net", netConfig{cardID, vmm.CardMAC}, v.Config.Tap); err != nil {
+			return err
+		}
+	}
 	return v.api.put(ctx, "vm.boot", nil, nil)
+}
+
+// restore runs the clone whose folder this is.
+func (v *vm) restore(ctx context.Context, dir string) error {
+	request := restoreConfig{SourceURL: "file://" + dir, Resume: true}
+	if v.Config.Tap == nil {
+		return v.api.put(ctx, "vm.restore", request, nil)
+	}
+	request.NetFDs = []netFDs{{cardID, 1}}
+	return v.api.putFile(ctx, "vm.restore", request, v.Config.Tap)
 }
 
 // makeMemoryFile makes the sparse file that a template's memory is in.

@@ -16,7 +16,7 @@ const (
 	// translated is the size of the buffer for translated code, in MiB: the kernel and crun fit.
 	translated = 64
 	// Descriptors that the process is started with.
-	qmpFD, channelFD = 3, 4
+	qmpFD, channelFD, tapFD = 3, 4, 5
 )
 
 // Device and backend ids.
@@ -45,6 +45,10 @@ func (s shape) args(c vmm.Config) []string {
 	if d := c.Disk; d != nil {
 		args = append(args, "-blockdev", blockdev(*d).String(),
 			"-device", fmt.Sprintf("virtio-blk-pci,id=%s,drive=%s,serial=%s", machine.DiskID(d.Serial), machine.DiskID(d.Serial)+backing, d.Serial))
+	}
+	if c.Tap != nil {
+		args = append(args, "-netdev", fmt.Sprintf("tap,id=%s,fd=%d,vhost=off", cardID+backing, tapFD),
+			"-device", fmt.Sprintf("virtio-net-pci,id=%s,netdev=%s,mac=%s,romfile=", cardID, cardID+backing, vmm.CardMAC))
 	}
 	args = append(args, s.cpu()...)
 	args = append(args, s.memory(c)...)

@@ -18,6 +18,7 @@ import (
 // and this ending.
 const (
 	nicID   = "nic-"
+	cardID  = nicID + "0" // the network card that is there from the beginning
 	cpuID   = "cpu-"
 	backing = "-file"
 )

@@ -121,8 +121,12 @@ func (d *Driver) start(c vmm.Config, s shape, l tail.Pair) (*process.Process, er
 		return nil, err
 	}
 	defer log.Close()
+	files := []*os.File{control, channel}
+	if c.Tap != nil {
+		files = append(files, c.Tap)
+	}
 	p, err := process.Start(process.Spec{
-		Path: d.binary, Dir: c.Dir, Log: log, Files: []*os.File{control, channel}, Cgroup: c.Cgroup,
+		Path: d.binary, Dir: c.Dir, Log: log, Files: files, Cgroup: c.Cgroup,
 		Args: s.args(c),
 	})
 	if err != nil {

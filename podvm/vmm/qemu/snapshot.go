@@ -79,6 +79,10 @@ func (v *vm) restore(ctx context.Context) error {
 		return err
 	}
 	defer state.Close()
+	// No switch need learn where the template's card has moved to.
+	if err := v.control.execute(ctx, "migrate-set-parameters", object{"announce-rounds": 0}, nil); err != nil {
+		return err
+	}
 	if err := v.migrate(ctx, "migrate-incoming", state); err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/rpc"
 	"strconv"
 	"strings"
@@ -104,6 +105,23 @@ const (
 	devicePath = "/dev/device"
 	firstPort  = 7000
 )
+
+// reached configures a card, and connects to the first probe over it and the wire.
+func (g *guest) reached(ctx context.Context, w *wire, card *agent.Interface) error {
+	service, err := g.agent.RPC(ctx)
+	if err != nil {
+		return err
+	}
+	card.Addresses = []string{wireGuest + wirePrefix}
+	if _, err := service.Network(ctx, &agent.NetworkRequest{Interfaces: []*agent.Interface{card}}); err != nil {
+		return err
+	}
+	conn, err := w.dial(ctx, net.JoinHostPort(wireGuest, strconv.Itoa(firstPort+1)))
+	if err != nil {
+		return fmt.Errorf("no frames pass: %w", err)
+	}
+	return conn.Close()
+}
 
 // awaitProbe reads the container's output up to the probe's word.
 func (g *guest) awaitProbe(ctx context.Context, id string) error {

@@ -34,6 +34,9 @@ func own(t *testing.T, d vmm.Driver) {
 	if err := json.Unmarshal([]byte(os.Getenv(ownerVar)), &o); err != nil {
 		t.Fatal(err)
 	}
+	if o.Config.Template != "" {
+		o.Config.Tap = newWire(t).tap
+	}
 	ctx := t.Context()
 	v, err := d.Launch(ctx, o.Config)
 	if err != nil {

@@ -18,14 +18,20 @@ type wire struct {
 	work chan func()
 }
 
-// newWire makes it. host is the address of the tap's end, as CIDR.
-func newWire(t *testing.T, host string) *wire {
+// The addresses of a wire's ends.
+const (
+	wireHost   = "10.99.0.1"
+	wireGuest  = "10.99.0.2"
+	wirePrefix = "/24"
+)
+
+func newWire(t *testing.T) *wire {
 	t.Helper()
 	w := &wire{work: make(chan func())}
 	made := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // for good: the thread ends with this function, and its namespace with it
-		err := w.make(host)
+		err := w.make()
 		made <- err
 		for do := range w.work {
 			do()
@@ -40,7 +46,7 @@ func newWire(t *testing.T, host string) *wire {
 }
 
 // make makes the namespace and the tap, on the thread that is to keep them.
-func (w *wire) make(host string) error {
+func (w *wire) make() error {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("unshare: %w", err)
 	}
@@ -61,7 +67,7 @@ func (w *wire) make(host string) error {
 	if err != nil {
 		return err
 	}
-	address, err := netlink.ParseAddr(host)
+	address, err := netlink.ParseAddr(wireHost + wirePrefix)
 	if err != nil {
 		return err
 	}

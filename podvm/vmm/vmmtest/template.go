@@ -63,7 +63,7 @@ func (s *suite) ownDisk(dir string) *vmm.Disk {
 // snapshot makes a template in dir, and returns how long its guest took to answer.
 func (s *suite) snapshot(t *testing.T, d vmm.Driver, dir, memory string) time.Duration {
 	c := s.config(t, "template")
-	c.MemoryFile, c.Disk = memory, s.ownDisk(dir)
+	c.MemoryFile, c.Disk, c.Tap = memory, s.ownDisk(dir), newWire(t).tap
 	ctx := limited(t, bootLimit)
 	v, cold := answers(t, d, c)
 	snapshotter, ok := v.(vmm.Snapshotter)
@@ -105,7 +105,8 @@ func answers(t *testing.T, d vmm.Driver, c vmm.Config) (vmm.VM, time.Duration) {
 func (s *suite) speed(t *testing.T, d vmm.Driver, dir string, cold time.Duration) {
 	best := cold
 	for i := range 3 {
-		v, took := answers(t, d, s.cloneConfig(t, fmt.Sprint("quick-", i), dir))
+		c, _ := s.cloneConfig(t, fmt.Sprint("quick-", i), dir)
+		v, took := answers(t, d, c)
 		if err := v.Kill(limited(t, callLimit)); err != nil {
 			t.Fatal(err)
 		}
@@ -137,6 +138,7 @@ func hangUp(t *testing.T, ctx context.Context, conn io.ReadCloser) {
 // clone is one of several.
 type clone struct {
 	config vmm.Config
+	wire   *wire
 	vm     vmm.VM
 	guest  *guest
 	random map[string]string
@@ -148,7 +150,8 @@ func (s *suite) clones(t *testing.T, d vmm.Driver, dir string) {
 	all := make([]*clone, clones)
 	var group sync.WaitGroup
 	for i := range all {
-		all[i] = &clone{config: s.cloneConfig(t, fmt.Sprint("clone-", i), dir), mark: bytes.Repeat([]byte{byte('A' + i)}, mib)}
+		all[i] = &clone{mark: bytes.Repeat([]byte{byte('A' + i)}, mib)}
+		all[i].config, all[i].wire = s.cloneConfig(t, fmt.Sprint("clone-", i), dir)
 		group.Go(func() {
 			if err := all[i].run(t, d, s.image); err != nil {
 				t.Errorf("clone %d: %v", i, err)
@@ -186,13 +189,13 @@ func (s *suite) clones(t *testing.T, d vmm.Driver, dir string) {
 	})
 }
 
-// cloneConfig is that of a clone of the template in dir, with its own disk.
-func (s *suite) cloneConfig(t *testing.T, id, dir string) vmm.Config {
+// cloneConfig is that of a clone of the template in dir, with its own disk, and its card on a wire.
+func (s *suite) cloneConfig(t *testing.T, id, dir string) (vmm.Config, *wire) {
 	t.Helper()
-	c := s.config(t, id)
-	c.Template, c.Disk = dir, s.ownDisk(t.TempDir())
+	c, w := s.config(t, id), newWire(t)
+	c.Template, c.Disk, c.Tap = dir, s.ownDisk(t.TempDir()), w.tap
 	copyFile(t, s.ownDisk(dir).Path, c.Disk.Path, diskSize)
-	return c
+	return c, w
 }
 
 const markPath = "/dev/shm/mark"
@@ -201,7 +204,9 @@ const markPath = "/dev/shm/mark"
 // with the test.
 func (c *clone) run(t *testing.T, d vmm.Driver, image string) (err error) {
 	ctx := limited(t, bootLimit)
-	if c.vm, err = d.Launch(ctx, c.config); err != nil {
+	c.vm, err = d.Launch(ctx, c.config)
+	c.wire.tap.Close() // the VM has its own
+	if err != nil {
 		return err
 	}
 	t.Cleanup(func() {
@@ -219,6 +224,9 @@ func (c *clone) run(t *testing.T, d vmm.Driver, image string) (err error) {
 		return err
 	}
 	if err := c.guest.enter(ctx, address, &agent.BlockDevice{Addr: vmm.SerialAddress(c.config.Disk.Serial)}); err != nil {
+		return err
+	}
+	if err := c.guest.reached(ctx, c.wire, &agent.Interface{Name: "eth0", CardMac: vmm.CardMAC, Mac: "02:00:00:00:00:09"}); err != nil {
 		return err
 	}
 	var text []byte
@@ -258,7 +266,8 @@ func panics(t *testing.T, d vmm.Driver, c *clone, image string) {
 
 // attachClone finds a clone whose owner died.
 func (s *suite) attachClone(t *testing.T, dir string) {
-	c, d := s.cloneConfig(t, "orphan-clone", dir), s.newDriver(t)
+	c, _ := s.cloneConfig(t, "orphan-clone", dir)
+	d := s.newDriver(t)
 	sweep(t, d, c)
 	bootID, _ := orphan(t, c, s.image)
 	ctx := limited(t, callLimit)
@@ -298,6 +307,11 @@ func (s *suite) damaged(t *testing.T, d vmm.Driver, dir, memory string) {
 			s.cutShort(t, d, dir, path, info.Size())
 		})
 	}
+	t.Run("no card", func(t *testing.T) {
+		c := s.config(t, "no-card")
+		c.Template, c.Disk = dir, s.ownDisk(dir)
+		refused(t, d, c)
+	})
 	t.Run("no memory", func(t *testing.T) {
 		if err := os.Remove(memory); err != nil {
 			t.Fatal(err)
@@ -338,7 +352,7 @@ func copyFile(t *testing.T, from, to string, size int64) {
 func (s *suite) refusesClone(t *testing.T, d vmm.Driver, dir string) {
 	t.Helper()
 	c := s.config(t, "damaged")
-	c.Template, c.Disk = dir, s.ownDisk(dir)
+	c.Template, c.Disk, c.Tap = dir, s.ownDisk(dir), newWire(t).tap
 	refused(t, d, c)
 }
 
