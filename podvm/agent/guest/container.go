@@ -115,7 +115,7 @@ func (c *container) start(ctx context.Context) (*agent.StartResponse, error) {
 	// Before the fact, so that an exit, however soon, finds it running.
 	started := time.Now().UnixNano()
 	c.become(func(s *agent.ContainerState) { s.State, s.StartedNs = agent.State_STATE_RUNNING, started })
-	if err := c.a.crun(ctx, nil, "start", c.id); err != nil {
+	if err := c.a.release(c.id); err != nil {
 		c.become(func(s *agent.ContainerState) { s.State, s.StartedNs = agent.State_STATE_CREATED, 0 })
 		return nil, fmt.Errorf("start container %s: %w", c.id, err)
 	}

@@ -60,6 +60,29 @@ func (a *Agent) crun(ctx context.Context, files []*os.File, args ...string) erro
 	return crunError(args[0], log, e)
 }
 
+// release has the process of a container that crun created run its command: it waits for a byte in a
+// FIFO, whose being there is what tells crun a created container from a running one. It is all that
+// "crun start" does for a container without hooks, and takes a tenth of the time without its process.
+// Source: libcrun_container_start of crun.
+func (a *Agent) release(id string) error {
+	path := a.path("crun", "state", id, "exec.fifo")
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("its process has ended: %w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return fmt.Errorf("open %s: %w", filepath.Base(path), err)
+	}
+	defer unix.Close(fd)
+	if err := os.Remove(path); err != nil {
+		return err
+	}
+	if _, err := unix.Write(fd, []byte{0}); err != nil {
+		return fmt.Errorf("write to %s: %w", filepath.Base(path), err)
+	}
+	return nil
+}
+
 // crunError makes an error of what crun wrote.
 func crunError(command string, log io.Reader, e exit) error {
 	text, err := io.ReadAll(io.LimitReader(log, errorMax))
