@@ -215,6 +215,8 @@ type ContainerStatus struct {
 	PID uint32
 	// User the process runs as, once it was created.
 	User *ResolvedUser
+	// Phases of its creation, in order.
+	Phases []Phase
 }
 
 // ResolvedUser is a user as the guest resolved it.

@@ -47,7 +47,7 @@ func (c *Container) Status() ContainerStatus {
 	r := c.record.now()
 	return ContainerStatus{
 		ID: c.id, Pod: c.pod.id, Config: r.Config, State: r.State, Created: r.Created, Started: r.Started, Finished: r.Finished,
-		ExitCode: r.ExitCode, Reason: r.Reason, Message: r.Message, LogPath: c.logFile(), ImageRef: r.ImageRef, PID: r.PID, User: r.User,
+		ExitCode: r.ExitCode, Reason: r.Reason, Message: r.Message, LogPath: c.logFile(), ImageRef: r.ImageRef, PID: r.PID, User: r.User, Phases: r.Phases,
 	}
 }
 

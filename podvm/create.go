@@ -49,8 +49,9 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	if err != nil {
 		return nil, err
 	}
-	n := newContainer{Pod: p, record: containerRecord{
-		ID: newID(), Pod: p.id, Config: config, State: Created, Created: time.Now(), WriteBack: map[string]string{},
+	now := time.Now()
+	n := newContainer{Pod: p, stopwatch: stopwatch{began: now}, record: containerRecord{
+		ID: newID(), Pod: p.id, Config: config, State: Created, Created: now, WriteBack: map[string]string{},
 	}}
 	request, err := n.request(ctx)
 	if err != nil {
@@ -64,7 +65,7 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 		return nil, err
 	}
 	u.Push("close log", func(context.Context) error { return c.closeLog() })
-	if err := p.grow(ctx, config.Resources); err != nil {
+	if err := n.time("size", func() error { return p.grow(ctx, config.Resources) }); err != nil {
 		return nil, err
 	}
 	u.Push("remove container from the guest", func(ctx context.Context) error {
@@ -74,12 +75,16 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 		_, err := rpc.Remove(ctx, &agent.RemoveRequest{Id: c.id})
 		return err
 	})
-	made, err := rpc.Create(ctx, request)
-	if err != nil {
+	var made *agent.CreateResponse
+	if err := n.time("guest", func() (err error) {
+		made, err = rpc.Create(ctx, request)
+		return err
+	}); err != nil {
 		return nil, err
 	}
 	err = c.record.set(func(r *containerRecord) {
 		r.User = &ResolvedUser{UID: made.Uid, GID: made.Gid, SupplementalGroups: made.Groups}
+		r.Phases = n.all()
 	})
 	if err != nil {
 		return nil, err
@@ -96,6 +101,7 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 // newContainer is a container that is being made.
 type newContainer struct {
 	*Pod
+	stopwatch
 	record containerRecord
 	read   map[string]string // volumes that were copied: the version of each
 }
@@ -103,7 +109,12 @@ type newContainer struct {
 // request is what the guest is asked for. It fills in the record.
 func (n *newContainer) request(ctx context.Context) (*agent.CreateRequest, error) {
 	r := &n.record
-	image, address, err := n.attachImage(ctx, r.Config.Image)
+	var image imagestore.Image
+	var address string
+	err := n.time("image", func() (err error) {
+		image, address, err = n.attachImage(ctx, r.Config.Image)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -127,8 +138,11 @@ func (n *newContainer) request(ctx context.Context) (*agent.CreateRequest, error
 	if err != nil {
 		return nil, err
 	}
-	mounts, err := n.mounts(ctx)
-	if err != nil {
+	var mounts []*agent.Mount
+	if err := n.time("mounts", func() (err error) {
+		mounts, err = n.mounts(ctx)
+		return err
+	}); err != nil {
 		return nil, err
 	}
 	s := r.Config.Security

@@ -54,6 +54,7 @@ type containerRecord struct {
 	Message                    string `json:",omitempty"`
 	PID                        uint32 `json:",omitempty"`
 	User                       *ResolvedUser
+	Phases                     []Phase `json:",omitempty"`
 	// Process is the OCI process, the pattern for commands that are executed later.
 	Process []byte
 	// WriteBack are the host's files that take what the container wrote into its copies: the name

@@ -10,8 +10,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"slices"
-	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -25,7 +23,7 @@ import (
 // birth is the start of a pod.
 type birth struct {
 	*Pod
-	began time.Time
+	stopwatch
 	// tap gets the tap of the first interface, which the VM starts with.
 	tap chan *os.File
 	// launched is closed when the VM takes devices; its guest may still be booting.
@@ -35,27 +33,11 @@ type birth struct {
 	config  vmm.Config
 	network *network.Attachment
 	kernel  string
-
-	mu     sync.Mutex
-	phases []Phase
-}
-
-// time runs a phase of the start and names it in its error. Phases may run at the same time.
-func (b *birth) time(name string, do func() error) error {
-	start := time.Since(b.began)
-	err := do()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.phases = append(b.phases, Phase{name, start, time.Since(b.began) - start})
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	return nil
 }
 
 // startPod makes a pod: network and VM at the same time, then what needs both. What fails is undone.
 func (m *Manager) startPod(ctx context.Context, p *Pod) error {
-	b := &birth{Pod: p, began: time.Now(), tap: make(chan *os.File, 1), launched: make(chan struct{}), config: p.record.now().VM}
+	b := &birth{Pod: p, stopwatch: stopwatch{began: time.Now()}, tap: make(chan *os.File, 1), launched: make(chan struct{}), config: p.record.now().VM}
 	c := p.record.now().Config
 	if err := b.run(ctx); err != nil {
 		err = p.explain(err)
@@ -341,7 +323,7 @@ func (b *birth) address(ctx context.Context) error {
 
 // becomeReady records the pod and makes it visible.
 func (b *birth) becomeReady() error {
-	phases := append(slices.Clone(b.phases), Phase{"total", 0, time.Since(b.began)})
+	phases := b.all()
 	err := b.record.set(func(r *podRecord) {
 		r.Stage, r.VM, r.Network, r.Kernel, r.Phases = ready, b.config, b.network, b.kernel, phases
 	})

@@ -101,6 +101,7 @@ func (s *runtimeService) ContainerStatus(_ context.Context, r *cri.ContainerStat
 			"sandboxID": status.Pod,
 			"pid":       status.PID, // in the guest
 			"config":    status.Config,
+			"phases":    phases(status.Phases),
 		}})
 	}
 	return resp, err

@@ -165,15 +165,6 @@ func ignoreNotFound(err error) error {
 
 // podInfo is the verbose part of a pod's status.
 func podInfo(s podvm.PodStatus) (map[string]string, error) {
-	type phase struct {
-		Name  string  `json:"name"`
-		Start float64 `json:"start_ms"`
-		Took  float64 `json:"ms"`
-	}
-	phases := []phase{}
-	for _, p := range s.Phases {
-		phases = append(phases, phase{p.Name, ms(p.Start), ms(p.Took)})
-	}
 	return encode(map[string]any{
 		"info": map[string]any{
 			"pid":     s.VMM.PID,
@@ -186,9 +177,24 @@ func podInfo(s podvm.PodStatus) (map[string]string, error) {
 			"reason":  s.Reason,
 			"message": s.Message,
 			"config":  s.Config,
-			"phases":  phases,
+			"phases":  phases(s.Phases),
 		},
 	})
+}
+
+// phase is one of a pod's or a container's start.
+type phase struct {
+	Name  string  `json:"name"`
+	Start float64 `json:"start_ms"`
+	Took  float64 `json:"ms"`
+}
+
+func phases(all []podvm.Phase) []phase {
+	out := []phase{}
+	for _, p := range all {
+		out = append(out, phase{p.Name, ms(p.Start), ms(p.Took)})
+	}
+	return out
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -30,24 +30,43 @@ func (p *pod) phases(ctx context.Context, count bool) error {
 	if err != nil {
 		return err
 	}
+	phases, err := p.keep("phase ", status.Info)
+	if err != nil || len(phases) == 0 {
+		return err
+	}
+	p.add("own time", p.last("RunPodSandbox")-covered(phases, outside)/1000)
+	return nil
+}
+
+// containerPhases keeps where the time of the container's creation went.
+func (p *pod) containerPhases(ctx context.Context, count bool) error {
+	if !count {
+		return nil
+	}
+	status, err := p.runtime.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: p.container, Verbose: true})
+	if err != nil {
+		return err
+	}
+	_, err = p.keep("create phase ", status.Info)
+	return err
+}
+
+// keep adds the phases of a verbose status, of which other runtimes have none.
+func (p *pod) keep(prefix string, verbose map[string]string) ([]phase, error) {
 	var info struct {
 		Phases []phase `json:"phases"`
 	}
-	if text, ok := status.Info["info"]; ok {
+	if text, ok := verbose["info"]; ok {
 		if err := json.Unmarshal([]byte(text), &info); err != nil {
-			return fmt.Errorf("verbose status of pod %s: %w", p.id, err)
+			return nil, fmt.Errorf("verbose status in pod %s: %w", p.id, err)
 		}
-	}
-	if len(info.Phases) == 0 {
-		return nil // another runtime
 	}
 	for _, ph := range info.Phases {
 		if ph.Name != "total" {
-			p.add("phase "+ph.Name, ph.Took/1000)
+			p.add(prefix+ph.Name, ph.Took/1000)
 		}
 	}
-	p.add("own time", p.last("RunPodSandbox")-covered(info.Phases, outside)/1000)
-	return nil
+	return info.Phases, nil
 }
 
 // covered is how long at least one phase of these names went on, in ms.

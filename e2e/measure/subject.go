@@ -89,7 +89,7 @@ func (s *subject) cycle(ctx context.Context, count bool) (err error) {
 			p.remove(context.WithoutCancel(ctx), false)
 		}
 	}()
-	for _, step := range []func(context.Context, bool) error{p.boot, p.run, p.phases, p.create, p.start, p.exec, p.weigh, p.remove} {
+	for _, step := range []func(context.Context, bool) error{p.boot, p.run, p.phases, p.create, p.containerPhases, p.start, p.exec, p.weigh, p.remove} {
 		if err := step(ctx, count); err != nil {
 			return err
 		}
@@ -172,7 +172,10 @@ func (p *pod) create(ctx context.Context, count bool) error {
 				Image:    &cri.ImageSpec{Image: p.imageID},
 				Command:  []string{"sleep", "3600"},
 				LogPath:  p.config.Metadata.Name + ".log",
-				Linux:    &cri.LinuxContainerConfig{},
+				// As the kubelet says; where nothing is said containers share the pod's processes.
+				Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
+					NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER},
+				}},
 			},
 		})
 		if err != nil {
