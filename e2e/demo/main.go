@@ -50,11 +50,7 @@ func main() {
 	default:
 		err = show(ctx, *keep)
 	}
-	var exit *exec.ExitError
-	switch {
-	case errors.As(err, &exit) && exit.ExitCode() > 0:
-		os.Exit(exit.ExitCode()) // the demo inside has said why
-	case err != nil:
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -89,6 +85,9 @@ func outside(ctx context.Context) error {
 	err := inside.Wait()
 	if _, kept := os.Stat(keptPath()); kept == nil && err == nil {
 		return nil
+	}
+	if err != nil {
+		err = errors.New("it ended before it was through, see above") // it has said why
 	}
 	return errors.Join(err, cleanUp(context.WithoutCancel(ctx)))
 }
