@@ -24,7 +24,7 @@ import (
 )
 
 // jsonVar names a file for the figures; idleVar is a number of idle pods; onlyVar restricts what is
-// measured to some of "runc", "boot" and "clone", with commas between them.
+// measured to some of "runc", "boot", "clone" and "warm", with commas between them.
 const (
 	jsonVar = "CAISSON_BENCH_JSON"
 	idleVar = "CAISSON_BENCH_IDLE"
@@ -36,8 +36,8 @@ func wanted(name string) bool {
 	return only == "" || slices.Contains(strings.Split(only, ","), name)
 }
 
-// BenchmarkPods measures a daemon whose pods are clones beside one whose pods boot, beside the bare
-// boot of their guest, and, where they are installed, beside containerd and runc. The number of
+// BenchmarkPods measures a daemon whose pods are clones beside one whose pods boot and one that keeps a
+// clone warm, beside the bare boot of their guest, and, where they are installed, beside containerd and runc. The number of
 // iterations is the number of pods.
 func BenchmarkPods(b *testing.B) {
 	if trial(b) {
@@ -52,17 +52,28 @@ func BenchmarkPods(b *testing.B) {
 	default:
 		b.Log("containerd and runc are not installed: not compared with them")
 	}
-	for _, kind := range []struct{ name, template string }{{"boot", "pod"}, {"clone", "node"}} {
+	for _, kind := range []struct {
+		name, template string
+		warm           int
+	}{{"boot", "pod", 0}, {"clone", "node", 0}, {"warm", "node", 1}} {
 		if !wanted(kind.name) {
 			continue
 		}
-		d := harness.Start(b, func(c *harness.Config) { c.VM.Template = kind.template })
+		d := harness.Start(b, func(c *harness.Config) {
+			c.VM.Template, c.VM.Warm = kind.template, kind.warm
+			if kind.warm > 0 {
+				c.Metrics.Listen = metricsAddr
+			}
+		})
 		d.Pull(images.Busybox)
 		d.RunPod().Remove() // its template is there now
 		e := measure.Endpoint{Name: kind.name, Address: "unix://" + d.Config.Listen}
 		if kind.template == "pod" {
 			driver := driverOf(b, d)
 			e.Boot = func(ctx context.Context) error { return bareBoot(ctx, b, driver) }
+		}
+		if kind.warm > 0 {
+			e.Settle = func(ctx context.Context) error { return d.AwaitWarm(ctx, kind.warm) }
 		}
 		o.Endpoints = append(o.Endpoints, e)
 	}

@@ -17,6 +17,8 @@ type Sources struct {
 	Images func() (n int, bytes uint64, err error)
 	// Templates returns the same of templates.
 	Templates func() (n int, bytes int64)
+	// Warm returns how many clones are ready for pods to come.
+	Warm func() int
 }
 
 type collector struct {
@@ -38,7 +40,7 @@ func newCollector(s Sources) *collector {
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(out chan<- *prometheus.Desc) {
-	for _, f := range []family{pods, containers, vmmMemory, vmmCPU, images, storeBytes, templates, templateBytes} {
+	for _, f := range []family{pods, containers, vmmMemory, vmmCPU, images, storeBytes, templates, templateBytes, warm} {
 		out <- f.desc()
 	}
 }
@@ -65,6 +67,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	made, size := c.sources.Templates()
 	gauge(out, templates, float64(made))
 	gauge(out, templateBytes, float64(size))
+	gauge(out, warm, float64(c.sources.Warm()))
 }
 
 func (c *collector) collectPods(out chan<- prometheus.Metric, all []podvm.PodStatus) {

@@ -27,6 +27,8 @@ var (
 		"Time that CRI calls took, by method and gRPC code.", []string{"method", "code"}, exponential}
 	phases = family{"caisson_pod_start_phase_duration_seconds", "histogram",
 		"Time that the phases of a pod's start took; phases overlap, \"total\" is all of it.", []string{"phase"}, exponential}
+	starts = family{"caisson_pod_starts_total", "counter",
+		"Pods that have started, by what their VM was when it was asked for: warm (it ran already), clone (of a template) or boot.", []string{"origin"}, nil}
 	pulls = family{"caisson_image_pull_duration_seconds", "histogram",
 		"Time that image pulls took, by result: ok, cached (only the manifest was fetched) or error.", []string{"result"}, minutes}
 	downloaded = family{"caisson_image_download_bytes_total", "counter",
@@ -50,13 +52,15 @@ var (
 		"What the image store takes on the disk.", nil, nil}
 	templates = family{"caisson_templates", "gauge",
 		"Templates that pods are cloned from.", nil, nil}
+	warm = family{"caisson_warm_clones", "gauge",
+		"Clones that are ready for pods to come.", nil, nil}
 	templateBytes = family{"caisson_template_bytes", "gauge",
 		"What the templates take on the disk.", nil, nil}
 )
 
 // families is all of them, in the order of docs/METRICS.md.
 var families = []family{
-	calls, phases, pods, containers, vmmMemory, vmmCPU, pulls, downloaded, images, storeBytes, templates, templateBytes, fallbacks, build,
+	calls, phases, starts, pods, containers, vmmMemory, vmmCPU, pulls, downloaded, images, storeBytes, templates, templateBytes, warm, fallbacks, build,
 }
 
 // Buckets in seconds.
@@ -81,6 +85,7 @@ func (f family) counter() prometheus.Counter {
 type Metrics struct {
 	registry              *prometheus.Registry
 	calls, phases, pulls  *prometheus.HistogramVec
+	starts                *prometheus.CounterVec
 	downloaded, fallbacks prometheus.Counter
 }
 
@@ -90,10 +95,14 @@ func New(version, driver, guest string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		calls:    calls.histogram(), phases: phases.histogram(), pulls: pulls.histogram(),
 		downloaded: downloaded.counter(), fallbacks: fallbacks.counter(),
+		starts: prometheus.NewCounterVec(prometheus.CounterOpts{Name: starts.name, Help: starts.help}, starts.labels),
 	}
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: build.name, Help: build.help}, build.labels)
 	info.WithLabelValues(version, driver, guest).Set(1)
-	m.registry.MustRegister(m.calls, m.phases, m.pulls, m.downloaded, m.fallbacks, info,
+	for _, origin := range []string{"warm", "clone", "boot"} {
+		m.starts.WithLabelValues(origin)
+	}
+	m.registry.MustRegister(m.calls, m.phases, m.starts, m.pulls, m.downloaded, m.fallbacks, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -124,8 +133,9 @@ func (m *Metrics) ObservePull(r imagestore.PullResult) {
 	m.downloaded.Add(float64(r.Downloaded))
 }
 
-// ObserveStart takes the phases of a pod's start.
-func (m *Metrics) ObserveStart(all []podvm.Phase) {
+// ObserveStart takes a pod's start: what its VM was, and the phases.
+func (m *Metrics) ObserveStart(origin string, all []podvm.Phase) {
+	m.starts.WithLabelValues(origin).Inc()
 	for _, p := range all {
 		m.phases.WithLabelValues(p.Name).Observe(p.Took.Seconds())
 	}

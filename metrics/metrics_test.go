@@ -35,7 +35,7 @@ func scrape(t *testing.T, m *Metrics) string {
 func filled() *Metrics {
 	m := New("v1", "qemu", "g1")
 	m.ObserveCall("RunPodSandbox", "OK", time.Second)
-	m.ObserveStart([]podvm.Phase{{Name: "cni", Took: time.Second}})
+	m.ObserveStart("clone", []podvm.Phase{{Name: "cni", Took: time.Second}})
 	m.ObservePull(imagestore.PullResult{Downloaded: 7, Took: time.Second})
 	m.ObservePull(imagestore.PullResult{Err: errors.New("no")})
 	m.ObserveFallback()
@@ -49,6 +49,7 @@ func filled() *Metrics {
 		Containers: func() []podvm.ContainerStatus { return []podvm.ContainerStatus{{State: podvm.Running}} },
 		Images:     func() (int, uint64, error) { return 3, 300, nil },
 		Templates:  func() (int, int64) { return 1, 100 },
+		Warm:       func() int { return 2 },
 	})
 	return m
 }
@@ -98,7 +99,7 @@ func TestUnreadableStoreIsAnError(t *testing.T) {
 	m := New("v1", "qemu", "g1")
 	m.Collect(Sources{
 		Pods: func() []podvm.PodStatus { return nil }, Containers: func() []podvm.ContainerStatus { return nil },
-		Images: func() (int, uint64, error) { return 0, 0, errors.New("disk on fire") }, Templates: func() (int, int64) { return 0, 0 },
+		Images: func() (int, uint64, error) { return 0, 0, errors.New("disk on fire") }, Templates: func() (int, int64) { return 0, 0 }, Warm: func() int { return 0 },
 	})
 	w := httptest.NewRecorder()
 	m.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))

@@ -48,10 +48,18 @@ type CNI struct {
 	gate sync.RWMutex
 
 	mu sync.Mutex
-	// live are the pods set up by this process, which GC must not touch even when its list of pods
-	// was taken before they came.
-	live map[string]bool
+	// states are of the pods with a network of this process, which GC must not touch even when its
+	// list of pods was taken before they came.
+	states map[string]state
 }
+
+// state is how far a pod's network has come.
+type state int
+
+const (
+	opened state = iota + 1
+	set
+)
 
 // New returns a CNI. It touches nothing: Status says whether what Options name is there.
 func New(o Options) *CNI {
@@ -73,19 +81,60 @@ func New(o Options) *CNI {
 	return &CNI{
 		o:    o,
 		lib:  libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &runner{limit: o.Timeout}),
-		live: map[string]bool{},
+		states: map[string]state{},
 	}
 }
 
-// Setup makes the pod's network namespace, has the CNI's plugins fill it, and puts a tap beside
-// each interface they made. The first tap is there before the plugins run, so that a VM can start
-// meanwhile: opened, where set, is called with its descriptor (see OpenTap), and must close it.
-// When Setup fails it has taken everything back. A pod that has a network, or the remains of one,
+// Open makes a pod's network namespace, and in it the tap of its first interface, whose descriptor it
+// returns (see OpenTap): a VM can start while Setup does the rest, and before it is known for what
+// pod. When Open fails it has taken everything back. A pod that has a network, or the remains of one,
 // is errdefs.ErrAlreadyExists: Teardown comes first.
-func (n *CNI) Setup(ctx context.Context, p Pod, opened func(tap *os.File)) (*Attachment, error) {
-	if err := validID(p.ID); err != nil {
+func (n *CNI) Open(id string) (tap *os.File, err error) {
+	if err := validID(id); err != nil {
 		return nil, err
 	}
+	if n.knows(id) {
+		return nil, fmt.Errorf("pod %s has a network, tear it down first: %w", id, errdefs.ErrAlreadyExists)
+	}
+	n.setState(id, opened)
+	var u undo.Stack
+	defer u.Run()
+	u.Push("tear down network of pod "+id, func(ctx context.Context) error {
+		return n.Teardown(ctx, Pod{ID: id})
+	})
+	// The record comes before anything it takes to undo, so that there is no moment at which a
+	// crash leaves what Teardown can't find.
+	path := n.netnsPath(id)
+	if err := n.writeRecord(&libcni.NetworkConfigList{}, &libcni.RuntimeConf{ContainerID: id, NetNS: path}); err != nil {
+		return nil, err
+	}
+	err = createNetNS(path, func(h *netlink.Handle) (err error) {
+		tap, err = createTap(h, tapName(0))
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	u.Release()
+	return tap, nil
+}
+
+// Setup has the CNI's plugins fill the pod's network namespace, and joins a tap to each interface
+// they made. It is called once after Open, or without it. When it fails it has taken everything back.
+func (n *CNI) Setup(ctx context.Context, p Pod) (*Attachment, error) {
+	if n.state(p.ID) != opened {
+		tap, err := n.Open(p.ID)
+		if err != nil {
+			return nil, err
+		}
+		tap.Close()
+	}
+	n.setState(p.ID, set)
+	var u undo.Stack
+	defer u.Run()
+	u.Push("tear down network of pod "+p.ID, func(ctx context.Context) error {
+		return n.Teardown(ctx, Pod{ID: p.ID})
+	})
 	list, err := n.config()
 	if err != nil {
 		return nil, err
@@ -97,16 +146,7 @@ func (n *CNI) Setup(ctx context.Context, p Pod, opened func(tap *os.File)) (*Att
 	if err != nil {
 		return nil, err
 	}
-	if n.knows(p.ID) {
-		return nil, fmt.Errorf("pod %s has a network, tear it down first: %w", p.ID, errdefs.ErrAlreadyExists)
-	}
-	n.setLive(p.ID, true)
-	var u undo.Stack
-	defer u.Run()
-	u.Push("tear down network of pod "+p.ID, func(ctx context.Context) error {
-		return n.Teardown(ctx, Pod{ID: p.ID})
-	})
-	a, err := n.setup(ctx, list, rt, opened)
+	a, err := n.setup(ctx, list, rt)
 	if err != nil {
 		return nil, err
 	}
@@ -114,27 +154,11 @@ func (n *CNI) Setup(ctx context.Context, p Pod, opened func(tap *os.File)) (*Att
 	return a, nil
 }
 
-func (n *CNI) setup(ctx context.Context, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf, opened func(tap *os.File)) (*Attachment, error) {
+func (n *CNI) setup(ctx context.Context, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf) (*Attachment, error) {
 	begin := time.Now()
-	// The record comes before anything it takes to undo, so that there is no moment at which a
-	// crash leaves what Teardown can't find.
 	if err := n.writeRecord(list, rt); err != nil {
 		return nil, err
 	}
-	var tap *os.File
-	err := createNetNS(rt.NetNS, func(h *netlink.Handle) (err error) {
-		tap, err = createTap(h, tapName(0))
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	if opened != nil {
-		opened(tap)
-	} else {
-		tap.Close()
-	}
-	created := time.Now()
 	result, err := n.add(ctx, list, rt)
 	if err != nil {
 		return nil, err
@@ -145,8 +169,7 @@ func (n *CNI) setup(ctx context.Context, list *libcni.NetworkConfigList, rt *lib
 		return nil, err
 	}
 	slog.DebugContext(ctx, "network up", "pod", rt.ContainerID, "network", list.Name,
-		"netns_ms", created.Sub(begin).Milliseconds(), "cni_ms", plugged.Sub(created).Milliseconds(),
-		"tap_ms", time.Since(plugged).Milliseconds())
+		"cni_ms", plugged.Sub(begin).Milliseconds(), "tap_ms", time.Since(plugged).Milliseconds())
 	return a, nil
 }
 
@@ -171,7 +194,7 @@ func (n *CNI) Teardown(ctx context.Context, p Pod) error {
 	if err := validID(p.ID); err != nil {
 		return err
 	}
-	defer n.setLive(p.ID, false)
+	defer n.setState(p.ID, 0)
 	if !n.knows(p.ID) {
 		return nil
 	}
@@ -233,14 +256,20 @@ func (n *CNI) Check(ctx context.Context, id string) error {
 	return nil
 }
 
-func (n *CNI) setLive(id string, live bool) {
+func (n *CNI) state(id string) state {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if live {
-		n.live[id] = true
-	} else {
-		delete(n.live, id)
+	return n.states[id]
+}
+
+func (n *CNI) setState(id string, s state) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if s == 0 {
+		delete(n.states, id)
+		return
 	}
+	n.states[id] = s
 }
 
 func (n *CNI) netnsPath(id string) string { return filepath.Join(n.o.NetNSDir, id) }

@@ -217,7 +217,7 @@ func TestCheck(t *testing.T) {
 func TestSetupTwice(t *testing.T) {
 	n := newBridgeNode(t)
 	n.setup(t, n.pod(1))
-	if _, err := n.Setup(t.Context(), n.pod(1), nil); !errdefs.IsAlreadyExists(err) {
+	if _, err := n.Setup(t.Context(), n.pod(1)); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("second setup: %v, want already exists", err)
 	}
 	if err := n.Check(t.Context(), n.pod(1).ID); err != nil {
@@ -279,7 +279,7 @@ func TestInvalidPods(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := n.pod(1)
 			change(&p)
-			if _, err := n.Setup(t.Context(), p, nil); !errdefs.IsInvalidArgument(err) {
+			if _, err := n.Setup(t.Context(), p); !errdefs.IsInvalidArgument(err) {
 				t.Errorf("setup: %v, want invalid argument", err)
 			}
 		})
@@ -292,7 +292,7 @@ func TestManyPodsAtOnceLeakNothing(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 8 {
 			wg.Go(func() {
-				a, err := n.Setup(t.Context(), n.pod(i), nil)
+				a, err := n.Setup(t.Context(), n.pod(i))
 				if err != nil {
 					t.Error(err)
 					return

@@ -27,7 +27,7 @@ func TestStatus(t *testing.T) {
 				t.Errorf("status: %v, want %q in it", err, w)
 			}
 		}
-		if _, serr := n.Setup(t.Context(), n.pod(1), nil); serr == nil {
+		if _, serr := n.Setup(t.Context(), n.pod(1)); serr == nil {
 			t.Error("setup works though the status says it won't")
 		}
 	}

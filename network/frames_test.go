@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -12,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -75,22 +75,38 @@ func TestGuestIsReachedFromTheNode(t *testing.T) {
 }
 
 // A VM that starts while the plugins run has its tap from before.
-func TestTapIsThereBeforeThePluginsRun(t *testing.T) {
+func TestOpenBeforeSetup(t *testing.T) {
 	n := newBridgeNode(t)
-	var tap *os.File
-	a, err := n.Setup(t.Context(), n.pod(1), func(f *os.File) {
-		tap = f
-		if _, err := os.Stat(n.ipamDir()); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("the plugins have run: %v", err)
-		}
-	})
+	p := n.pod(1)
+	tap, err := n.Open(p.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer n.teardown(t, n.pod(1).ID)
+	if _, err := n.Open(p.ID); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("a second time: %v", err)
+	}
+	if err := n.GC(t.Context(), nil); err != nil {
+		t.Error(err)
+	}
+	a := n.setup(t, p)
 	for _, addr := range newGuestAt(t, tap, a).addrs {
 		answered(t, addr)
 	}
+	n.teardown(t, p.ID)
+	n.wantNothingLeft(t)
+}
+
+// What was only opened goes without a plugin: none was called.
+func TestOpenUndone(t *testing.T) {
+	n := newBridgeNode(t, map[string]any{"type": "scripted"})
+	n.script(t, "scripted", `exit 1`)
+	tap, err := n.Open(n.pod(1).ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tap.Close()
+	n.teardown(t, n.pod(1).ID)
+	n.wantNothingLeft(t)
 }
 
 func TestLooseTap(t *testing.T) {

@@ -79,11 +79,11 @@ func (n *CNI) collect(ctx context.Context, pods []string) error {
 func (n *CNI) keep(pods []string) map[string]bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	keep := make(map[string]bool, len(pods)+len(n.live))
+	keep := make(map[string]bool, len(pods)+len(n.states))
 	for _, id := range pods {
 		keep[id] = true
 	}
-	for id := range n.live {
+	for id := range n.states {
 		keep[id] = true
 	}
 	return keep

@@ -151,7 +151,7 @@ func (n *node) pod(i int) Pod {
 
 func (n *node) setup(t testing.TB, p Pod) *Attachment {
 	t.Helper()
-	a, err := n.Setup(t.Context(), p, nil)
+	a, err := n.Setup(t.Context(), p)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -60,7 +60,7 @@ func TestPluginThatFails(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newScriptNode(t, "1.0.0", c.body)
-			_, err := n.Setup(t.Context(), n.pod(1), nil)
+			_, err := n.Setup(t.Context(), n.pod(1))
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Fatalf("setup: %v, want %q in it", err, c.want)
 			}
@@ -79,7 +79,7 @@ func TestPluginThatFails(t *testing.T) {
 func TestSecondPluginFails(t *testing.T) {
 	n := newBridgeNode(t, map[string]any{"type": "scripted"})
 	n.script(t, "scripted", `[ $CNI_COMMAND = DEL ] && exit 0; exit 1`)
-	if _, err := n.Setup(t.Context(), n.pod(1), nil); err == nil || !strings.Contains(err.Error(), "bin/scripted, ADD") {
+	if _, err := n.Setup(t.Context(), n.pod(1)); err == nil || !strings.Contains(err.Error(), "bin/scripted, ADD") {
 		t.Errorf("setup: %v, want the plugin's path and command in it", err)
 	}
 	n.wantNothingLeft(t)
@@ -92,7 +92,7 @@ sleep 600 & echo $! >$(dirname $0)/../child; wait`)
 	n.o.Timeout = 300 * time.Millisecond
 	n.CNI = New(n.o)
 	begin := time.Now()
-	_, err := n.Setup(t.Context(), n.pod(1), nil)
+	_, err := n.Setup(t.Context(), n.pod(1))
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "waiting for the API server") {
 		t.Errorf("setup: %v, want deadline exceeded and the plugin's stderr", err)
 	}
@@ -118,7 +118,7 @@ sleep 600 & echo $! >$(dirname $0)/../child; wait`)
 		}
 		cancel()
 	}()
-	if _, err := n.Setup(ctx, n.pod(1), nil); !errors.Is(err, context.Canceled) {
+	if _, err := n.Setup(ctx, n.pod(1)); !errors.Is(err, context.Canceled) {
 		t.Errorf("setup: %v, want cancelled", err)
 	}
 	n.wantChildGone(t)
@@ -152,7 +152,7 @@ func TestTeardownFailsAndIsRetried(t *testing.T) {
 	n := newBridgeNode(t, map[string]any{"type": "scripted"})
 	n.script(t, "scripted", `[ $CNI_COMMAND = ADD ] && exec sed 's/.*"prevResult"://; s/,"type":"scripted".*//' && exit 0
 test -e $(dirname $0)/../repaired`)
-	a, err := n.Setup(t.Context(), n.pod(1), nil)
+	a, err := n.Setup(t.Context(), n.pod(1))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +179,7 @@ func TestPluginIsGivenThePod(t *testing.T) {
 	p.PortMappings = []PortMapping{{Protocol: "TCP", ContainerPort: 80, HostPort: 8080, HostIP: "127.0.0.1"}}
 	p.Annotations = map[string]string{ingressAnnotation: "10M"}
 	p.DNS = DNS{Servers: []string{"192.0.2.53"}, Searches: []string{"svc.local"}, Options: []string{"ndots:5"}}
-	if _, err := n.Setup(t.Context(), p, nil); err == nil {
+	if _, err := n.Setup(t.Context(), p); err == nil {
 		t.Fatal("the script succeeded")
 	}
 	env, err := os.ReadFile(filepath.Join(n.dir, "env"))
@@ -226,7 +226,7 @@ func wantJSON(t *testing.T, got, want any) {
 
 func TestOutputIsBounded(t *testing.T) {
 	n := newScriptNode(t, "1.0.0", `[ $CNI_COMMAND = DEL ] && exit 0; exec yes`)
-	if _, err := n.Setup(t.Context(), n.pod(1), nil); err == nil || len(err.Error()) > 16<<10 {
+	if _, err := n.Setup(t.Context(), n.pod(1)); err == nil || len(err.Error()) > 16<<10 {
 		t.Errorf("setup: %.200v, want a short error", err)
 	}
 }

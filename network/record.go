@@ -85,7 +85,7 @@ func (n *CNI) writeRecord(list *libcni.NetworkConfigList, rt *libcni.RuntimeConf
 func (n *CNI) attachment(p Pod) (*libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
 	list, rt, err := n.readRecord(p.ID)
 	if err == nil {
-		return list, rt, nil
+		return list, rt, nil // no list: it was opened, and no plugin was called
 	}
 	unrecorded := errors.Is(err, fs.ErrNotExist)
 	slog.Warn("no network record, deleting by what else is known", "pod", p.ID, "err", err)
@@ -130,6 +130,9 @@ func (n *CNI) readRecord(id string) (*libcni.NetworkConfigList, *libcni.RuntimeC
 	}
 	if r.Version != recordVersion {
 		return nil, nil, fmt.Errorf("version %d is not %d", r.Version, recordVersion)
+	}
+	if len(r.Network.Plugins) == 0 {
+		return nil, nil, nil
 	}
 	conf, err := json.Marshal(r.Network)
 	if err != nil {

@@ -24,10 +24,15 @@ func (o *oneTemplate) Failed(string)                                    { o.fail
 func (o *oneTemplate) Disk(dir string) string                           { return filepath.Join(dir, "disk.img") }
 
 // starts counts what metrics are told.
-type starts struct{ all, fallbacks atomic.Int32 }
+type starts struct{ all, warm, fallbacks atomic.Int32 }
 
-func (s *starts) ObserveStart([]Phase) { s.all.Add(1) }
-func (s *starts) ObserveFallback()     { s.fallbacks.Add(1) }
+func (s *starts) ObserveStart(origin string, _ []Phase) {
+	s.all.Add(1)
+	if origin == "warm" {
+		s.warm.Add(1)
+	}
+}
+func (s *starts) ObserveFallback() { s.fallbacks.Add(1) }
 
 func cloningNode(t *testing.T) (*node, *oneTemplate, *starts) {
 	n, template, seen := newNode(t), &oneTemplate{dir: t.TempDir()}, &starts{}

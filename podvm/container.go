@@ -115,7 +115,8 @@ func (c *Container) begin(ctx context.Context, limit time.Duration) (context.Con
 		cancel()
 		return nil, nil, err
 	}
-	return ctx, func() { c.change.unlock(); cancel() }, nil
+	ended := c.pod.m.pool.use()
+	return ctx, func() { ended(); c.change.unlock(); cancel() }, nil
 }
 
 // Start runs a created container.

@@ -29,6 +29,7 @@ func (p *Pod) Create(ctx context.Context, c ContainerConfig) (*Container, error)
 		return nil, err
 	}
 	defer p.change.unlock()
+	defer p.m.pool.use()()
 	for _, old := range p.Containers() {
 		if r := old.record.now(); r.Config.Name == c.Name && r.Config.Attempt == c.Attempt {
 			if r.State == Created {

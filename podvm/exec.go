@@ -23,6 +23,7 @@ func (c *Container) Exec(ctx context.Context, e ExecConfig, stdio agent.IO) (int
 	if r.State != Running {
 		return 0, c.in(r.State, "exec in")
 	}
+	c.pod.m.pool.use()() // it may go on for long
 	var process specs.Process
 	if err := json.Unmarshal(r.Process, &process); err != nil {
 		return 0, fmt.Errorf("exec in container %s: %w", c.id, err)

@@ -13,6 +13,10 @@ func (a *fakeAgent) Prepare(context.Context, *agent.PrepareRequest) (*agent.Empt
 	return &agent.Empty{}, a.call("Prepare")
 }
 
+func (a *fakeAgent) Rehearse(context.Context, *agent.CreateRequest) (*agent.Empty, error) {
+	return &agent.Empty{}, a.call("Rehearse")
+}
+
 func (a *fakeAgent) Setup(_ context.Context, r *agent.SetupRequest) (*agent.SetupResponse, error) {
 	if err := a.call("Setup"); err != nil {
 		return nil, err

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -22,7 +23,8 @@ import (
 
 // Network is what podvm needs of the network; *network.CNI is one.
 type Network interface {
-	Setup(ctx context.Context, p network.Pod, opened func(tap *os.File)) (*network.Attachment, error)
+	Open(id string) (tap *os.File, err error)
+	Setup(ctx context.Context, p network.Pod) (*network.Attachment, error)
 	Teardown(ctx context.Context, p network.Pod) error
 	OpenTap(a *network.Attachment, i int) (*os.File, error)
 	GC(ctx context.Context, pods []string) error
@@ -45,7 +47,8 @@ type Templates interface {
 
 // Observer is told what metrics count. A nil Observer is none.
 type Observer interface {
-	ObserveStart(phases []Phase)
+	// ObserveStart is called when a pod has started, of "warm", "clone" or "boot".
+	ObserveStart(origin string, phases []Phase)
 	ObserveFallback()
 }
 
@@ -68,7 +71,9 @@ type Options struct {
 	Size, Max vmm.Size
 	Scratch   *Scratch
 	// DAX asks that pods share the pages of their images, where the driver can.
-	DAX      bool
+	DAX bool
+	// Warm is how many clones are kept ready for pods to come; only where one template serves them all.
+	Warm     int
 	Observer Observer
 }
 
@@ -79,6 +84,7 @@ type Manager struct {
 	cgroups cgroups
 	syncer  *syncer
 	events  broker
+	pool    *pool
 
 	mu         sync.Mutex
 	pods       map[string]*Pod
@@ -96,9 +102,10 @@ func nameOf(c PodConfig) podName { return podName{c.Name, c.Namespace, c.UID, c.
 
 // start is one call of Run; further calls for the same pod wait for it.
 type start struct {
-	pod  *Pod
-	done chan struct{} // closed when err is set
-	err  error
+	pod   *Pod
+	birth *birth
+	done  chan struct{} // closed when err is set
+	err   error
 }
 
 // Limits of operations that are the daemon's own: they go on when the caller gives up, and a retry
@@ -123,18 +130,29 @@ func New(o Options) (*Manager, error) {
 	if m.syncer, err = newSyncer(); err != nil {
 		return nil, err
 	}
+	if o.Templates == nil || o.Scope == "namespace" {
+		o.Warm = 0
+	}
+	m.pool = newPool(m, o.Warm)
 	return m, nil
 }
 
+// Warm begins to keep clones ready for pods to come, once Recover is done.
+func (m *Manager) Warm() { m.pool.start() }
+
+// WarmClones is how many are ready.
+func (m *Manager) WarmClones() int { return m.pool.count() }
+
 // Close lets go of everything; VMs and their containers run on.
 func (m *Manager) Close() error {
+	err := m.pool.close()
 	for _, p := range m.Pods() {
 		p.letGo()
 	}
 	for _, p := range m.Pods() {
 		p.tasks.wait()
 	}
-	return m.syncer.close()
+	return errors.Join(err, m.syncer.close())
 }
 
 // Events returns what happens from now on. The channel is closed when ctx ends, or when its reader
@@ -224,7 +242,7 @@ func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
 	}
 	s, first := m.reserve(c, driver)
 	if first {
-		go m.run(ctx, s)
+		go m.run(ctx, s, c)
 	}
 	select {
 	case <-s.done:
@@ -260,22 +278,27 @@ func (m *Manager) reserve(c PodConfig, driver vmm.Driver) (s *start, first bool)
 	if s, ok := m.names[nameOf(c)]; ok {
 		return s, false
 	}
-	s = &start{done: make(chan struct{}), pod: m.newPod(newID(), c, driver)}
+	b := m.pool.take()
+	if b == nil {
+		b = newBirth(m.newPod(newID(), c, driver))
+	}
+	s = &start{done: make(chan struct{}), pod: b.Pod, birth: b}
 	m.names[nameOf(c)] = s
 	return s, true
 }
 
 // run is the one call that starts the pod.
-func (m *Manager) run(ctx context.Context, s *start) {
+func (m *Manager) run(ctx context.Context, s *start, c PodConfig) {
 	defer close(s.done)
+	defer m.pool.use()()
 	ctx, cancel := operation(ctx, startLimit)
 	defer cancel()
-	if s.err = m.startPod(ctx, s.pod); s.err == nil {
+	if s.err = m.startPod(ctx, s.birth, c); s.err == nil {
 		return
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	n := nameOf(s.pod.record.now().Config)
+	n := nameOf(c)
 	if m.pods[s.pod.id] == nil {
 		delete(m.names, n)
 		return

@@ -99,6 +99,7 @@ func TestRunUndone(t *testing.T) {
 		heal   func(n *node)
 		step   string
 	}{
+		"netns":     {func(n *node) { n.network.failing("Open", errInjected) }, nil, "netns"},
 		"network":   {func(n *node) { n.network.failing("Setup", errInjected) }, nil, "network"},
 		"tap":       {func(n *node) { n.network.failing("OpenTap", errInjected) }, nil, "nic"},
 		"launch":    {func(n *node) { n.driver.Fail("Launch", errInjected) }, func(n *node) { n.driver.Fail("Launch", nil) }, "vm"},

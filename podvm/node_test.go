@@ -38,7 +38,8 @@ type node struct {
 
 	mu     sync.Mutex
 	agents map[string]*fakeAgent // by pod
-	born   func(a *fakeAgent)    // called with each agent before its first stream is answered
+	warm   int
+	born   func(a *fakeAgent) // called with each agent before its first stream is answered
 }
 
 func newNode(t *testing.T) *node {
@@ -68,7 +69,7 @@ func (n *node) start() {
 		Root: root, State: filepath.Join(n.dir, "run"),
 		Driver: n.driver, Drivers: map[string]vmm.Driver{n.driver.Name(): n.driver},
 		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images,
-		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4 << 30}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts,
+		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4 << 30}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
 	})
 	if err != nil {
 		n.t.Fatal(err)
@@ -77,6 +78,8 @@ func (n *node) start() {
 	if err := m.Recover(soon(n.t)); err != nil {
 		n.t.Fatal(err)
 	}
+	m.pool.quiet = time.Millisecond
+	m.Warm()
 }
 
 // restart ends the daemon, lets something happen, and starts it again.
@@ -190,7 +193,7 @@ func (f *fakeNetwork) pods() []string {
 	return slices.Collect(maps.Keys(f.up))
 }
 
-func (f *fakeNetwork) Setup(_ context.Context, p network.Pod, opened func(*os.File)) (*network.Attachment, error) {
+func (f *fakeNetwork) Setup(_ context.Context, p network.Pod) (*network.Attachment, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.up == nil {
@@ -203,11 +206,6 @@ func (f *fakeNetwork) Setup(_ context.Context, p network.Pod, opened func(*os.Fi
 	if err := f.fail["Setup"]; err != nil {
 		return nil, err
 	}
-	tap, err := os.Open("/dev/null")
-	if err != nil {
-		return nil, err
-	}
-	opened(tap)
 	return &network.Attachment{NetNS: "/run/netns/" + p.ID, Interfaces: []network.Interface{{
 		Name: "eth0", Tap: "tap0", MAC: "02:00:00:00:00:01", MTU: 1450, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
 		Routes: []network.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1"}}, Neighbours: []network.Neighbour{{Address: "10.1.2.1", MAC: "02:00:00:00:00:02"}},
@@ -222,6 +220,19 @@ func (f *fakeNetwork) Teardown(_ context.Context, p network.Pod) error {
 	}
 	delete(f.up, p.ID)
 	return nil
+}
+
+func (f *fakeNetwork) Open(id string) (*os.File, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.up == nil {
+		f.up = map[string]bool{}
+	}
+	f.up[id] = true
+	if err := f.fail["Open"]; err != nil {
+		return nil, err
+	}
+	return os.Open(os.DevNull)
 }
 
 func (f *fakeNetwork) OpenTap(*network.Attachment, int) (*os.File, error) {

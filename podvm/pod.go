@@ -166,6 +166,7 @@ func (p *Pod) Stop(ctx context.Context) error {
 		return err
 	}
 	defer p.change.unlock()
+	defer p.m.pool.use()()
 	if err := p.stop(ctx); err != nil {
 		return fmt.Errorf("stop pod %s: %w", p.id, err)
 	}
@@ -282,6 +283,7 @@ func (p *Pod) Remove(ctx context.Context) error {
 		return err
 	}
 	defer p.change.unlock()
+	defer p.m.pool.use()()
 	if err := p.stop(ctx); err != nil {
 		return fmt.Errorf("remove pod %s: %w", p.id, err)
 	}

@@ -10,6 +10,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -24,8 +26,8 @@ import (
 type birth struct {
 	*Pod
 	stopwatch
-	// tap gets the tap of the first interface, which the VM starts with.
-	tap chan *os.File
+	// warm says that its VM runs already (see pool).
+	warm bool
 	// launched is closed when the VM takes devices; its guest may still be booting.
 	launched chan struct{}
 
@@ -35,35 +37,48 @@ type birth struct {
 	kernel  string
 }
 
+func newBirth(p *Pod) *birth {
+	return &birth{Pod: p, stopwatch: stopwatch{began: time.Now()}, launched: make(chan struct{}), config: p.record.now().VM}
+}
+
 // startPod makes a pod: network and VM at the same time, then what needs both. What fails is undone.
-func (m *Manager) startPod(ctx context.Context, p *Pod) error {
-	b := &birth{Pod: p, stopwatch: stopwatch{began: time.Now()}, tap: make(chan *os.File, 1), launched: make(chan struct{}), config: p.record.now().VM}
-	c := p.record.now().Config
-	if err := b.run(ctx); err != nil {
-		err = p.explain(err)
-		p.abandon(err)
+func (m *Manager) startPod(ctx context.Context, b *birth, c PodConfig) error {
+	if err := b.run(ctx, c); err != nil {
+		err = b.explain(err)
+		b.abandon(err)
 		return fmt.Errorf("start pod %s/%s: %w", c.Namespace, c.Name, err)
 	}
 	if m.o.Observer != nil {
-		m.o.Observer.ObserveStart(p.record.now().Phases)
+		m.o.Observer.ObserveStart(b.origin(), b.record.now().Phases)
 	}
-	slog.Info("pod ready", "pod", p.id, "name", c.Namespace+"/"+c.Name, "ms", time.Since(b.began).Milliseconds())
+	slog.Info("pod ready", "pod", b.id, "name", c.Namespace+"/"+c.Name, "origin", b.origin(), "ms", time.Since(b.began).Milliseconds())
 	return nil
 }
 
-func (b *birth) run(ctx context.Context) error {
-	if err := b.time("record", b.prepare); err != nil {
+// origin is what the pod's VM was when the start began or what it was made of: "warm", "clone", "boot".
+func (b *birth) origin() string {
+	switch {
+	case b.warm:
+		return "warm"
+	case b.config.Template != "":
+		return "clone"
+	}
+	return "boot"
+}
+
+func (b *birth) run(ctx context.Context, c PodConfig) error {
+	if err := b.time("record", func() error { return b.begin(c) }); err != nil {
 		return err
+	}
+	if !b.warm {
+		if err := b.time("netns", b.open); err != nil {
+			return err
+		}
 	}
 	group, both := errgroup.WithContext(ctx)
 	group.Go(func() error { return b.connect(both) })
 	group.Go(func() error { return b.boot(both) })
 	if err := group.Wait(); err != nil {
-		select {
-		case tap := <-b.tap: // nobody came to fetch it
-			tap.Close()
-		default:
-		}
 		return err
 	}
 	if err := b.time("addresses", func() error { return b.address(ctx) }); err != nil {
@@ -89,24 +104,22 @@ func (p *Pod) explain(err error) error {
 	}
 }
 
-// prepare records what is about to happen, and makes the pod's folders and cgroup.
-func (b *birth) prepare() error {
-	l, c := b.m.layout, b.record.now().Config
-	for _, dir := range []string{l.pod(b.id), l.containers(b.id)} {
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			return fmt.Errorf("pod folder: %w", noSpace(err, dir))
+// begin records what is about to happen, and makes the pod's folders and cgroup.
+func (b *birth) begin(c PodConfig) error {
+	if !b.warm {
+		if err := b.makeFolders(); err != nil {
+			return err
 		}
 	}
 	cgroup, err := b.m.cgroups.path(c.CgroupParent, b.id)
 	if err != nil {
 		return err
 	}
-	if err := b.record.set(func(r *podRecord) { r.VM.Cgroup = cgroup }); err != nil {
-		return err
-	}
 	b.config.Cgroup = cgroup
-	if err := os.Mkdir(l.run(b.id), 0o700); err != nil {
-		return fmt.Errorf("pod folder: %w", noSpace(err, l.run(b.id)))
+	if err := b.record.set(func(r *podRecord) {
+		r.Config, r.Created, r.VM.Cgroup = c, b.began, cgroup
+	}); err != nil {
+		return err
 	}
 	if c.LogDir != "" {
 		if err := os.MkdirAll(c.LogDir, 0o755); err != nil {
@@ -116,10 +129,26 @@ func (b *birth) prepare() error {
 	return makeCgroup(cgroup)
 }
 
+func (b *birth) makeFolders() error {
+	l := b.m.layout
+	for _, dir := range []string{l.pod(b.id), l.containers(b.id), l.run(b.id)} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return fmt.Errorf("pod folder: %w", noSpace(err, dir))
+		}
+	}
+	return nil
+}
+
+// open makes the pod's network namespace with the tap that the VM starts with.
+func (b *birth) open() (err error) {
+	b.config.Tap, err = b.m.o.Network.Open(b.id)
+	return err
+}
+
 // connect gives the pod its network, and the VM the cards for it that it does not have yet.
 func (b *birth) connect(ctx context.Context) error {
 	err := b.time("network", func() (err error) {
-		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config), func(tap *os.File) { b.tap <- tap })
+		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config))
 		return err
 	})
 	if err != nil || len(b.network.Interfaces) < 2 {
@@ -167,12 +196,7 @@ func (b *birth) addNICs(ctx context.Context) error {
 
 // boot starts the VM, and gives it its identity and its size.
 func (b *birth) boot(ctx context.Context) error {
-	if err := b.time("netns", func() error { return b.awaitTap(ctx) }); err != nil {
-		return err
-	}
-	err := b.launch(ctx)
-	b.config.Tap.Close()
-	if err != nil {
+	if err := b.bring(ctx); err != nil {
 		return err
 	}
 	close(b.launched)
@@ -189,13 +213,32 @@ func (b *birth) boot(ctx context.Context) error {
 	return b.time("size", func() error { return b.fit(ctx, b.record.now().Config, nil) })
 }
 
-// awaitTap waits for the tap that the VM starts with.
-func (b *birth) awaitTap(ctx context.Context) error {
-	select {
-	case b.config.Tap = <-b.tap:
+// bring has the VM run in the pod's cgroup.
+func (b *birth) bring(ctx context.Context) error {
+	if b.warm {
+		return b.time("vm", func() error { return b.enter(ctx) })
+	}
+	defer b.config.Tap.Close()
+	return b.launch(ctx)
+}
+
+// enter moves a warm VM into the pod's cgroup. What it has used so far counts where it was used.
+func (b *birth) enter(ctx context.Context) error {
+	if b.config.Cgroup == "" {
 		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	}
+	pid := strconv.Itoa(b.machine().Info().PID)
+	if err := os.WriteFile(filepath.Join(b.config.Cgroup, "cgroup.procs"), []byte(pid), 0); err != nil {
+		return fmt.Errorf("move the VM into the pod's cgroup: %w", err)
+	}
+	b.delegate(ctx)
+	return nil
+}
+
+// delegate tells systemd of the VM's cgroup.
+func (b *birth) delegate(ctx context.Context) {
+	if err := delegate(ctx, b.config.Cgroup, b.machine().Info().PID); err != nil {
+		slog.Warn("systemd does not know of the pod's cgroup, and may take controllers from it", "pod", b.id, "err", err)
 	}
 }
 
@@ -257,9 +300,7 @@ func (b *birth) start(ctx context.Context, driver vmm.Driver, c vmm.Config) erro
 	}
 	b.config = c
 	b.setMachine(v)
-	if err := delegate(ctx, c.Cgroup, v.Info().PID); err != nil {
-		slog.Warn("systemd does not know of the pod's cgroup, and may take controllers from it", "pod", b.id, "err", err)
-	}
+	b.delegate(ctx)
 	return nil
 }
 

@@ -112,7 +112,7 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 	}
 	o := podvm.Options{
 		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
-		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, Observer: d.metrics,
+		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, Warm: c.VM.Warm, Observer: d.metrics,
 	}
 	if c.VM.Template != "pod" {
 		d.templates, err = template.New(template.Options{
@@ -156,6 +156,7 @@ func (d *node) sources() metrics.Sources {
 			}
 			return d.templates.Usage()
 		},
+		Warm: d.pods.WarmClones,
 	}
 }
 
@@ -176,6 +177,7 @@ func (d *node) run(ctx context.Context) error {
 		return err
 	}
 	go func() { failed <- d.cri.Serve(l) }()
+	d.pods.Warm()
 	slog.Info("serving the CRI", "listen", d.config.Listen, "version", version)
 	daemon.SdNotify(false, daemon.SdNotifyReady) // an error says that nobody waits for it
 	select {

@@ -24,6 +24,7 @@ type Config struct {
 		Memory   string `toml:"memory,omitempty"`
 		QEMU     string `toml:"qemu,omitempty"`
 		Template string `toml:"template,omitempty"`
+		Warm     int    `toml:"warm,omitempty"`
 		DAX      bool   `toml:"dax"`
 	} `toml:"vm"`
 	CNI struct {

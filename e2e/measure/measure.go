@@ -37,6 +37,9 @@ type Endpoint struct {
 	Handler string
 	// Boot, where set, does what any pod of this runtime has to wait for, for comparison.
 	Boot func(context.Context) error
+	// Settle, where set, is called after each pod: it returns when the runtime has done what it does
+	// ahead of the next one.
+	Settle func(context.Context) error
 }
 
 // ParseEndpoint reads NAME=ADDRESS or NAME=ADDRESS+HANDLER.
@@ -80,7 +83,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	for _, s := range all {
 		if o.Idle > 0 {
 			fmt.Fprintf(o.Progress, "%s: %d idle pods\n", s.Name, o.Idle)
-			if err := s.density(ctx, o.Idle); err != nil {
+			if err := errors.Join(s.density(ctx, o.Idle), s.settle(ctx, false)); err != nil {
 				return Report{}, fmt.Errorf("%s: %w", s.Name, err)
 			}
 		}

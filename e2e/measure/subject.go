@@ -89,7 +89,7 @@ func (s *subject) cycle(ctx context.Context, count bool) (err error) {
 			p.remove(context.WithoutCancel(ctx), false)
 		}
 	}()
-	for _, step := range []func(context.Context, bool) error{p.boot, p.run, p.phases, p.create, p.containerPhases, p.start, p.exec, p.weigh, p.remove} {
+	for _, step := range []func(context.Context, bool) error{p.settle, p.boot, p.run, p.phases, p.create, p.containerPhases, p.start, p.exec, p.weigh, p.remove, p.settle} {
 		if err := step(ctx, count); err != nil {
 			return err
 		}
@@ -142,6 +142,14 @@ type pod struct {
 	*subject
 	config        *cri.PodSandboxConfig
 	id, container string
+}
+
+// settle keeps what a runtime does ahead of a pod out of the time of another's.
+func (s *subject) settle(ctx context.Context, _ bool) error {
+	if s.Settle == nil {
+		return nil
+	}
+	return s.Settle(ctx)
 }
 
 func (p *pod) boot(ctx context.Context, count bool) error {

@@ -2851,9 +2851,10 @@ const file_agent_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_CREATED\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x10\n" +
-	"\fSTATE_EXITED\x10\x032\xdd\x06\n" +
+	"\fSTATE_EXITED\x10\x032\xa3\a\n" +
 	"\x05Agent\x12D\n" +
-	"\aPrepare\x12 .caisson.agent.v1.PrepareRequest\x1a\x17.caisson.agent.v1.Empty\x12H\n" +
+	"\aPrepare\x12 .caisson.agent.v1.PrepareRequest\x1a\x17.caisson.agent.v1.Empty\x12D\n" +
+	"\bRehearse\x12\x1f.caisson.agent.v1.CreateRequest\x1a\x17.caisson.agent.v1.Empty\x12H\n" +
 	"\x05Setup\x12\x1e.caisson.agent.v1.SetupRequest\x1a\x1f.caisson.agent.v1.SetupResponse\x12D\n" +
 	"\aNetwork\x12 .caisson.agent.v1.NetworkRequest\x1a\x17.caisson.agent.v1.Empty\x12K\n" +
 	"\x06Create\x12\x1f.caisson.agent.v1.CreateRequest\x1a .caisson.agent.v1.CreateResponse\x12H\n" +
@@ -2951,31 +2952,33 @@ var file_agent_proto_depIdxs = []int32{
 	0,  // 25: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
 	38, // 26: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
 	2,  // 27: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
-	3,  // 28: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
-	6,  // 29: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
-	10, // 30: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
-	21, // 31: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
-	23, // 32: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
-	24, // 33: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
-	25, // 34: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
-	26, // 35: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
-	27, // 36: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
-	28, // 37: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
-	36, // 38: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
-	1,  // 39: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
-	4,  // 40: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
-	1,  // 41: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
-	11, // 42: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
-	22, // 43: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
-	1,  // 44: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
-	1,  // 45: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
-	1,  // 46: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
-	1,  // 47: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
-	1,  // 48: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
-	29, // 49: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
-	37, // 50: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
-	39, // [39:51] is the sub-list for method output_type
-	27, // [27:39] is the sub-list for method input_type
+	10, // 28: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.CreateRequest
+	3,  // 29: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
+	6,  // 30: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
+	10, // 31: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
+	21, // 32: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
+	23, // 33: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
+	24, // 34: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
+	25, // 35: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
+	26, // 36: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
+	27, // 37: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
+	28, // 38: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
+	36, // 39: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
+	1,  // 40: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
+	1,  // 41: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
+	4,  // 42: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
+	1,  // 43: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
+	11, // 44: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
+	22, // 45: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
+	1,  // 46: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
+	1,  // 47: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
+	1,  // 48: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
+	1,  // 49: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
+	1,  // 50: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
+	29, // 51: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
+	37, // 52: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
+	40, // [40:53] is the sub-list for method output_type
+	27, // [27:40] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name

@@ -9,6 +9,7 @@ import (
 
 type AgentService interface {
 	Prepare(context.Context, *PrepareRequest) (*Empty, error)
+	Rehearse(context.Context, *CreateRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
@@ -44,6 +45,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.Prepare(ctx, &req)
+			},
+			"Rehearse": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req CreateRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Rehearse(ctx, &req)
 			},
 			"Setup": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req SetupRequest
@@ -134,6 +142,7 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 
 type AgentClient interface {
 	Prepare(context.Context, *PrepareRequest) (*Empty, error)
+	Rehearse(context.Context, *CreateRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
@@ -160,6 +169,14 @@ func NewAgentClient(client *ttrpc.Client) AgentClient {
 func (c *agentClient) Prepare(ctx context.Context, req *PrepareRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "caisson.agent.v1.Agent", "Prepare", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Rehearse(ctx context.Context, req *CreateRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "caisson.agent.v1.Agent", "Rehearse", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

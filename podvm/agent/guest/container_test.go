@@ -209,6 +209,37 @@ func TestCreateFails(t *testing.T) {
 	r.remove()
 }
 
+// TestRehearse: what is left of a rehearsal is in caches alone.
+func TestRehearse(t *testing.T) {
+	ctx, c := bareAgent(t)
+	s := service1(t, ctx, c)
+	spec, err := json.Marshal(specOf("nothing"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := &agent.CreateRequest{Spec: spec}
+	if _, err := s.Rehearse(ctx, request); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("before it was prepared: %v", err)
+	}
+	if _, err := s.Prepare(ctx, &agent.PrepareRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := s.Rehearse(ctx, request); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.Setup(ctx, setupRequest()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Rehearse(ctx, request); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("after it was set up: %v", err)
+	}
+	r, _ := create(t, ctx, c, "one", specOf("true"), &agent.CreateRequest{})
+	r.start().wait()
+	r.remove()
+}
+
 func TestExec(t *testing.T) {
 	ctx, c := startAgent(t)
 	r, _ := create(t, ctx, c, "one", specOf("sleep", "1000"), &agent.CreateRequest{User: &agent.User{Name: "web"}})

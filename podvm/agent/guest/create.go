@@ -3,6 +3,7 @@ package guest
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -19,25 +20,81 @@ var validID = regexp.MustCompile(`^[0-9a-zA-Z][0-9a-zA-Z_.-]{0,127}$`)
 
 // create makes a container that waits to be started.
 func (a *Agent) create(ctx context.Context, req *agent.CreateRequest) (*agent.CreateResponse, error) {
+	a.mu.Lock()
+	ready := a.setup != nil
+	a.mu.Unlock()
+	if !ready {
+		return nil, fmt.Errorf("the guest has not been set up: %w", errdefs.ErrFailedPrecondition)
+	}
 	c, err := a.reserve(req.Id)
 	if err != nil {
 		return nil, err
 	}
-	defer c.unlock()
-	who, err := c.make(ctx, req)
+	image := func(c *container) (string, error) { return c.useImage(ctx, req.Rootfs) }
+	who, err := c.create(ctx, req, image)
 	if err != nil {
-		c.undo.Run()
-		a.forget(c)
-		return nil, fmt.Errorf("create container %s: %w", req.Id, err)
+		return nil, err
 	}
-	go c.relay()
-	c.become(func(s *agent.ContainerState) { s.State = agent.State_STATE_CREATED })
-	go c.follow()
 	resp := &agent.CreateResponse{Uid: int64(who.uid), Gid: int64(who.gid)}
 	for _, g := range who.groups {
 		resp.Groups = append(resp.Groups, int64(g))
 	}
 	return resp, nil
+}
+
+// rehearsal is the id of the container that Rehearse makes.
+const rehearsal = "rehearsal"
+
+// rehearse takes a container of the guest's own root through its life.
+func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) error {
+	a.mu.Lock()
+	ready := a.prepared && a.setup == nil
+	a.mu.Unlock()
+	if !ready {
+		return fmt.Errorf("the guest has been set up, or is not prepared: %w", errdefs.ErrFailedPrecondition)
+	}
+	spec, err := decodeSpec(req.Spec)
+	if err != nil {
+		return err
+	}
+	spec.Process.Args = []string{a.o.Crun, "--version"}
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return err
+	}
+	c, err := a.reserve(rehearsal)
+	if err != nil {
+		return err
+	}
+	root := func(*container) (string, error) { return "/", nil }
+	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: data}, root); err != nil {
+		return err
+	}
+	_, err = c.start(ctx)
+	if err == nil {
+		select {
+		case <-c.exited:
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	return errors.Join(err, c.remove(context.WithoutCancel(ctx)))
+}
+
+// create makes what was reserved, with the files that root finds below its writable layer. It gives
+// back the turn.
+func (c *container) create(ctx context.Context, req *agent.CreateRequest, root func(*container) (string, error)) (account, error) {
+	defer c.unlock()
+	who, err := c.make(ctx, req, root)
+	if err != nil {
+		c.undo.Run()
+		c.a.forget(c)
+		return account{}, fmt.Errorf("create container %s: %w", req.Id, err)
+	}
+	go c.relay()
+	c.become(func(s *agent.ContainerState) { s.State = agent.State_STATE_CREATED })
+	go c.follow()
+	return who, nil
 }
 
 // reserve returns a new container whose turn the caller has.
@@ -47,9 +104,6 @@ func (a *Agent) reserve(id string) (*container, error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.setup == nil {
-		return nil, fmt.Errorf("the guest has not been set up: %w", errdefs.ErrFailedPrecondition)
-	}
 	if a.containers[id] != nil {
 		return nil, fmt.Errorf("container %s: %w", id, errdefs.ErrAlreadyExists)
 	}
@@ -59,7 +113,7 @@ func (a *Agent) reserve(id string) (*container, error) {
 }
 
 // make does all of create; what it did is on c.undo.
-func (c *container) make(ctx context.Context, req *agent.CreateRequest) (account, error) {
+func (c *container) make(ctx context.Context, req *agent.CreateRequest, root func(*container) (string, error)) (account, error) {
 	spec, err := decodeSpec(req.Spec)
 	if err != nil {
 		return account{}, err
@@ -67,7 +121,11 @@ func (c *container) make(ctx context.Context, req *agent.CreateRequest) (account
 	if c.pidNS, err = c.a.pidNamespace(ctx, req); err != nil {
 		return account{}, err
 	}
-	rootfs, err := c.mountRoot(ctx, req.Rootfs)
+	image, err := root(c)
+	if err != nil {
+		return account{}, err
+	}
+	rootfs, err := c.mountRoot(image)
 	if err != nil {
 		return account{}, err
 	}
@@ -115,8 +173,8 @@ func (c *container) spawn(ctx context.Context, stdin, tty bool) (err error) {
 	return err
 }
 
-// mountRoot mounts the image with a writable layer on it.
-func (c *container) mountRoot(ctx context.Context, r *agent.Rootfs) (string, error) {
+// useImage mounts the image, where it is not yet, and returns where.
+func (c *container) useImage(ctx context.Context, r *agent.Rootfs) (string, error) {
 	if r.GetImageAddr() == "" {
 		return "", fmt.Errorf("no image: %w", errdefs.ErrInvalidArgument)
 	}
@@ -125,12 +183,18 @@ func (c *container) mountRoot(ctx context.Context, r *agent.Rootfs) (string, err
 		return "", fmt.Errorf("image: %w", err)
 	}
 	c.undo.Push("release the image", func(context.Context) error { c.a.disks.release(r.ImageAddr); return nil })
+	return image, nil
+}
+
+// mountRoot mounts the directory image with a writable layer on it.
+func (c *container) mountRoot(image string) (rootfs string, err error) {
 	c.dir = c.a.path("containers", c.id)
 	scratch, quotas := c.a.storage()
 	c.layer = filepath.Join(scratch, "layers", c.id)
 	c.undo.Push("delete the bundle", func(context.Context) error { return os.RemoveAll(c.dir) })
 	c.undo.Push("delete the layer", func(context.Context) error { return removeAll(c.layer) })
-	rootfs, upper, work := filepath.Join(c.dir, "rootfs"), filepath.Join(c.layer, "upper"), filepath.Join(c.layer, "work")
+	rootfs = filepath.Join(c.dir, "rootfs")
+	upper, work := filepath.Join(c.layer, "upper"), filepath.Join(c.layer, "work")
 	if err := os.MkdirAll(c.layer, 0o711); err != nil {
 		return "", err
 	}

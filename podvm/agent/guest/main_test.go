@@ -78,6 +78,21 @@ func (d dialer) Dial(ctx context.Context, _ uint32) (net.Conn, error) {
 // startAgent runs an agent, set up as a pod, whose image holds busybox.
 func startAgent(t *testing.T) (context.Context, *agent.Client) {
 	t.Helper()
+	ctx, client := bareAgent(t)
+	_, err := service1(t, ctx, client).Setup(ctx, setupRequest())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ctx, client
+}
+
+func setupRequest() *agent.SetupRequest {
+	return &agent.SetupRequest{PodId: "pod", Hostname: "web-1", Dns: &agent.DNS{Servers: []string{"10.0.0.10"}, Searches: []string{"a.svc", "b"}}, Entropy: make([]byte, 32)}
+}
+
+// bareAgent runs an agent that has not been set up.
+func bareAgent(t *testing.T) (context.Context, *agent.Client) {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "cg-")
 	if err != nil {
 		t.Fatal(err)
@@ -116,10 +131,6 @@ func startAgent(t *testing.T) (context.Context, *agent.Client) {
 	}
 	client := agent.NewClient(dialer(sock))
 	t.Cleanup(func() { client.Close() })
-	_, err = service1(t, ctx, client).Setup(ctx, &agent.SetupRequest{PodId: "pod", Hostname: "web-1", Dns: &agent.DNS{Servers: []string{"10.0.0.10"}, Searches: []string{"a.svc", "b"}}, Entropy: make([]byte, 32)})
-	if err != nil {
-		t.Fatal(err)
-	}
 	return ctx, client
 }
 

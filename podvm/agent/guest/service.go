@@ -14,6 +14,10 @@ func (s service) Prepare(ctx context.Context, req *agent.PrepareRequest) (*agent
 	return &agent.Empty{}, s.a.doPrepare(ctx, req)
 }
 
+func (s service) Rehearse(ctx context.Context, req *agent.CreateRequest) (*agent.Empty, error) {
+	return &agent.Empty{}, s.a.rehearse(ctx, req)
+}
+
 func (s service) Setup(ctx context.Context, req *agent.SetupRequest) (*agent.SetupResponse, error) {
 	return s.a.doSetup(ctx, req)
 }

@@ -36,6 +36,9 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 	if err := credit(req.Entropy); err != nil {
 		return nil, fmt.Errorf("feed the kernel's random pool: %w", err)
 	}
+	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
+		return nil, err
+	}
 	bootID, err := a.identity(req)
 	if err != nil {
 		return nil, err
@@ -44,9 +47,6 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 		if err := sysctl(name, value); err != nil {
 			return nil, err
 		}
-	}
-	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
-		return nil, err
 	}
 	if err := a.sizeShm(req.ShmSize); err != nil {
 		return nil, err
@@ -101,15 +101,20 @@ func (a *Agent) identity(req *agent.SetupRequest) (bootID string, err error) {
 		}
 	}
 	bootID = newBootID()
-	for name, content := range map[string]string{
+	return bootID, a.identityFiles(map[string]string{
 		"hostname": req.Hostname + "\n", "resolv.conf": resolvConf(req.Dns), "boot_id": bootID + "\n",
 		"machine-id": req.MachineId + "\n",
-	} {
+	})
+}
+
+// identityFiles are by what containers see who they are.
+func (a *Agent) identityFiles(files map[string]string) error {
+	for name, content := range files {
 		if err := os.WriteFile(a.path(name), []byte(content), 0o644); err != nil {
-			return "", err
+			return err
 		}
 	}
-	return bootID, nil
+	return nil
 }
 
 // newBootID is a random UUID in the form of the kernel's.
@@ -176,6 +181,9 @@ func (a *Agent) prepare(ctx context.Context, scratchAddr string) error {
 		return nil
 	}
 	if err := a.mountShm(); err != nil {
+		return err
+	}
+	if err := a.identityFiles(map[string]string{"hostname": "", "resolv.conf": "", "boot_id": "", "machine-id": ""}); err != nil {
 		return err
 	}
 	if !a.o.NoCgroups {

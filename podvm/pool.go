@@ -1,0 +1,253 @@
+package podvm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+)
+
+// pool keeps a few clones warm, for pods to come: each has its network namespace and its tap, runs, and
+// has rehearsed a container, so that most of what it will need of its template's memory it has. Which
+// pod it becomes is not known before. A start that finds none makes its own clone.
+//
+// Until then it is a pod that is being started: a daemon that dies leaves it to Recover.
+type pool struct {
+	m      *Manager
+	size   int
+	ctx    context.Context // that of its work
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+	wanted chan struct{} // holds a value when one may be missing
+	quiet  time.Duration // for so long nothing else was to be done before one is made
+
+	mu    sync.Mutex
+	ready []*birth
+	busy  int       // calls that are in progress
+	since time.Time // when the last of them ended
+}
+
+// Warm clones take nothing from who is in a hurry. After a failure the next attempt waits.
+const (
+	poolQuiet = 2 * time.Second
+	poolRetry = time.Minute
+)
+
+func newPool(m *Manager, size int) *pool {
+	p := &pool{m: m, size: size, wanted: make(chan struct{}, 1), quiet: poolQuiet}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	return p
+}
+
+// start fills the pool, now and whenever one is taken.
+func (p *pool) start() {
+	if p.size == 0 {
+		return
+	}
+	p.want()
+	p.work.Go(func() {
+		for {
+			select {
+			case <-p.wanted:
+				p.fill()
+			case <-p.ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+func (p *pool) want() {
+	select {
+	case p.wanted <- struct{}{}:
+	default:
+	}
+}
+
+// close ends the clones that wait.
+func (p *pool) close() error {
+	p.cancel()
+	p.work.Wait()
+	p.mu.Lock()
+	left := p.ready
+	p.ready = nil
+	p.mu.Unlock()
+	var group errgroup.Group
+	for _, b := range left {
+		group.Go(func() error { return b.discard() })
+	}
+	return group.Wait()
+}
+
+// count is how many are ready.
+func (p *pool) count() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.ready)
+}
+
+// take returns one, or nil.
+func (p *pool) take() *birth {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.ready) > 0 {
+		b := p.ready[0]
+		p.ready = p.ready[1:]
+		select {
+		case <-b.machine().Done(): // whoever waits for that discards it
+			continue
+		default:
+		}
+		b.began, b.phases = time.Now(), nil
+		p.want()
+		return b
+	}
+	return nil
+}
+
+// use says that a call is in progress, and the function that it returns that it has ended.
+func (p *pool) use() func() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.busy++
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.busy--
+		p.since = time.Now()
+	}
+}
+
+// idle is how long nothing has been in progress.
+func (p *pool) idle() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.busy > 0 {
+		return 0
+	}
+	return time.Since(p.since)
+}
+
+// fill makes what is missing.
+func (p *pool) fill() {
+	for p.count() < p.size {
+		for wait := p.quiet - p.idle(); wait > 0; wait = p.quiet - p.idle() {
+			if !p.sleep(wait) {
+				return
+			}
+		}
+		b, err := p.warm()
+		if err != nil {
+			if p.ctx.Err() != nil {
+				return
+			}
+			slog.Warn("no clone is kept warm: the next attempt is in "+poolRetry.String(), "err", err)
+			if !p.sleep(poolRetry) {
+				return
+			}
+			continue
+		}
+		p.keep(b)
+	}
+}
+
+// sleep returns whether the pool's work goes on after that time.
+func (p *pool) sleep(d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-p.ctx.Done():
+		return false
+	}
+}
+
+// keep adds one, and sees to its end.
+func (p *pool) keep(b *birth) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ready = append(p.ready, b)
+	p.work.Go(func() {
+		select {
+		case <-b.machine().Done():
+		case <-p.ctx.Done():
+			return
+		}
+		if p.drop(b) {
+			slog.Warn("a warm clone has ended", "pod", b.id, "err", b.machine().Info().Err)
+			b.discard()
+			p.want()
+		}
+	})
+}
+
+// drop takes out this one, if it is still there.
+func (p *pool) drop(b *birth) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, r := range p.ready {
+		if r == b {
+			p.ready = append(p.ready[:i:i], p.ready[i+1:]...)
+			return true
+		}
+	}
+	return false
+}
+
+// warm makes one. What fails is undone.
+func (p *pool) warm() (*birth, error) {
+	ctx, cancel := context.WithTimeout(p.ctx, startLimit)
+	defer cancel()
+	m := p.m
+	b := newBirth(m.newPod(newID(), PodConfig{}, m.o.Driver))
+	if err := b.warmUp(ctx); err != nil {
+		return nil, errors.Join(b.explain(err), b.discard())
+	}
+	b.warm = true
+	slog.Info("a clone is warm", "pod", b.id, "ms", time.Since(b.began).Milliseconds())
+	return b, nil
+}
+
+func (b *birth) warmUp(ctx context.Context) error {
+	if err := b.makeFolders(); err != nil {
+		return err
+	}
+	if err := b.record.set(func(*podRecord) {}); err != nil {
+		return err
+	}
+	if err := b.open(); err != nil {
+		return err
+	}
+	err := b.clone(ctx, b.m.o.Driver)
+	b.config.Tap.Close()
+	if err != nil {
+		return err
+	}
+	rpc, err := b.client.RPC(ctx)
+	if err != nil {
+		return err
+	}
+	spec, err := ociSpec(PodConfig{}, ContainerConfig{Command: []string{"rehearsal"}}, ocispec.ImageConfig{})
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return err
+	}
+	_, err = rpc.Rehearse(ctx, &agent.CreateRequest{Spec: data})
+	return err
+}
+
+// discard takes back a VM that was to be a pod's. What can't be taken back now is at the next start.
+func (b *birth) discard() error {
+	ctx, cancel := context.WithTimeout(context.Background(), eraseLimit)
+	defer cancel()
+	return b.erase(ctx)
+}

@@ -1,0 +1,145 @@
+package podvm
+
+import (
+	"maps"
+	"os"
+	"testing"
+)
+
+// warmNode keeps one clone warm.
+func warmNode(t *testing.T) (*node, *starts) {
+	n, _, seen := cloningNode(t)
+	n.warm = 1
+	n.restart(nil)
+	n.awaitWarm()
+	return n, seen
+}
+
+// awaitWarm waits until the pool is full, and returns the id of what is in it.
+func (n *node) awaitWarm() (id string) {
+	n.t.Helper()
+	n.until("a clone is warm", func() bool {
+		n.pool.mu.Lock()
+		defer n.pool.mu.Unlock()
+		if len(n.pool.ready) == 0 {
+			return false
+		}
+		id = n.pool.ready[0].id
+		return true
+	})
+	return id
+}
+
+// isGone looks for a VM, a network or a folder of the pod.
+func (n *node) isGone(id string) {
+	n.t.Helper()
+	for _, v := range n.driver.VMs() {
+		if v.ID() == id {
+			n.t.Errorf("VM %s still runs", id)
+		}
+	}
+	for _, dir := range []string{n.layout.pod(id), n.layout.run(id)} {
+		if _, err := os.Stat(dir); !os.IsNotExist(err) {
+			n.t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+	n.network.mu.Lock()
+	defer n.network.mu.Unlock()
+	if n.network.up[id] {
+		n.t.Errorf("the network of %s is left", id)
+	}
+}
+
+// TestWarm: a pod becomes the clone that waits, and the next one waits soon.
+func TestWarm(t *testing.T) {
+	n, seen := warmNode(t)
+	first := n.awaitWarm()
+	if pods := n.Pods(); len(pods) != 0 {
+		t.Errorf("a clone that waits is shown as pod: %v", pods)
+	}
+	p := n.pod(podConfig("web"))
+	if p.id != first || seen.warm.Load() != 1 {
+		t.Errorf("the pod is %s, %d from the pool, want %s", p.id, seen.warm.Load(), first)
+	}
+	if s := p.Status(); s.Config.Name != "web" || s.State != Ready || len(s.IPs) == 0 {
+		t.Errorf("status: %+v", s)
+	}
+	a := n.agentOf(first)
+	a.mu.Lock()
+	calls, hostname := maps.Clone(a.calls), a.setup.Hostname
+	a.mu.Unlock()
+	if calls["Rehearse"] != 1 || calls["Setup"] != 1 || hostname != first[:12] {
+		t.Errorf("the agent was called %v, for host name %q", calls, hostname)
+	}
+	if next := n.awaitWarm(); next == first {
+		t.Error("the pod is still in the pool")
+	}
+	n.restart(nil) // as what it is, the pod
+	if got, err := n.Pod(first); err != nil || got.Status().State != Ready {
+		t.Errorf("after a restart: %v", err)
+	}
+}
+
+// TestWarmCloneEnds: it is replaced, and nothing of it is left.
+func TestWarmCloneEnds(t *testing.T) {
+	n, _ := warmNode(t)
+	first := n.awaitWarm()
+	for _, v := range n.driver.VMs() {
+		v.Kill(t.Context())
+	}
+	n.until("another one is warm", func() bool { return n.awaitWarm() != first })
+	n.isGone(first)
+}
+
+// TestWarmAndTheDaemonEnds: in order, or killed.
+func TestWarmAndTheDaemonEnds(t *testing.T) {
+	n, _ := warmNode(t)
+	first := n.awaitWarm()
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.isGone(first)
+	n.start()
+	second := n.awaitWarm()
+	n.pool.cancel() // as if it was killed
+	n.pool.work.Wait()
+	n.start()
+	n.awaitWarm()
+	n.isGone(second)
+}
+
+// TestWarmPodUndone: a start that fails takes back what came from the pool.
+func TestWarmPodUndone(t *testing.T) {
+	for _, method := range []string{"Setup", "Network"} {
+		t.Run(method, func(t *testing.T) {
+			n, _ := warmNode(t)
+			first := n.awaitWarm()
+			a := n.agentOf(first)
+			a.do(func() { a.fail[method] = errInjected })
+			if _, err := n.Run(t.Context(), podConfig("web")); err == nil {
+				t.Fatal("it started")
+			}
+			n.isGone(first)
+			n.pod(podConfig("web"))
+		})
+	}
+}
+
+// TestNotWarm: what fails to become warm is undone.
+func TestNotWarm(t *testing.T) {
+	n, _, _ := cloningNode(t)
+	n.born = func(a *fakeAgent) { a.fail["Rehearse"] = errInjected }
+	n.warm = 1
+	n.restart(nil)
+	n.until("it is undone", func() bool {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		return len(n.agents) > 0 && len(n.driver.VMs()) == 0
+	})
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for id := range n.agents {
+		n.isGone(id)
+	}
+}
