@@ -14,6 +14,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 
 	"github.com/caisson-vm/caisson/imagestore"
 	"github.com/caisson-vm/caisson/metrics"
@@ -33,6 +34,7 @@ func serve(ctx context.Context, args []string) error {
 		return err
 	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.Log.Level})))
+	klog.SetSlogLogger(slog.Default()) // what the streaming libraries say
 	lock, err := state.Acquire(c.Root)
 	if err != nil {
 		return err
