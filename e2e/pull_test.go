@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -131,15 +132,23 @@ func du(t *testing.T, dir string) (size int64, largest string) {
 	return size, largest
 }
 
-// small gives the daemon a root of a few bytes.
+// small gives the daemon a root of a few bytes. It is no tmpfs: that takes room for what is only read of
+// a sparse file, so that a clone of a template would fall with the disk full.
 func small(t *testing.T, size string) func(*harness.Config) {
 	return func(c *harness.Config) {
 		t.Helper()
+		disk := filepath.Join(t.TempDir(), "disk")
 		if err := os.MkdirAll(c.Root, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Mount("tmpfs", c.Root, "tmpfs", 0, "size="+size); err != nil {
-			t.Fatal(err)
+		for _, command := range [][]string{
+			{"mkfs.ext4", "-q", "-m0", "-O^has_journal", disk, size},
+			{"mount", "-o", "loop", disk, c.Root},
+			{"rmdir", filepath.Join(c.Root, "lost+found")},
+		} {
+			if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+				t.Fatalf("%q: %v: %s", command, err, out)
+			}
 		}
 		t.Cleanup(func() {
 			if err := unix.Unmount(c.Root, 0); err != nil {
@@ -162,9 +171,10 @@ func TestFullDiskWhilePulling(t *testing.T) {
 // TestFullDiskWhileRunning fills the disk under a running pod. Its container gets an error or
 // waits for room; the daemon and the other pod go on, and removal makes room.
 func TestFullDiskWhileRunning(t *testing.T) {
-	d := harness.Start(t, small(t, "320m"))
+	d := harness.Start(t, small(t, "800m"))
 	greedy := d.RunPod().Run(images.Busybox, sleeper)
 	modest := d.RunPod().Run(images.Busybox, sleeper)
+	leave(t, d.Config.Root, 100<<20)
 	fill, err := greedy.TryExec(30, "sh", "-c", "dd if=/dev/urandom of=/fill bs=1M count=400; sync")
 	if err == nil && fill.ExitCode == 0 && !strings.Contains(string(fill.Stderr), "space") && !strings.Contains(string(fill.Stderr), "error") {
 		t.Errorf("400 MB fit: %v", fill)
@@ -177,12 +187,30 @@ func TestFullDiskWhileRunning(t *testing.T) {
 	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
 }
 
+// leave takes room until that much is left, in bytes.
+func leave(t *testing.T, dir string, left int64) {
+	t.Helper()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(dir, "ballast"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	t.Cleanup(func() { os.Remove(f.Name()) }) // before the daemon's folder is looked at
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(fs.Bavail)*fs.Bsize-left); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestNoSpaceForTemplate has a disk on which a template's memory does not fit: pods are booted cold, the
 // log says why, and nothing is left of the attempt.
 func TestNoSpaceForTemplate(t *testing.T) {
 	d := harness.Start(t, small(t, "72m"))
 	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
-	has(t, d.Log(), "pod is booted cold", "make template", "is full: free some")
+	has(t, d.Log(), "pod is booted cold", "make template", "MiB free", "free some")
 	left, err := filepath.Glob(filepath.Join(d.Config.Root, "templates", "*"))
 	if err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)

@@ -229,6 +229,9 @@ func (s *Store) make(ctx context.Context, dir, scope string) error {
 	if err != nil {
 		return err
 	}
+	if err := room(filepath.Dir(dir), s.options.Config.Size.Memory); err != nil {
+		return err
+	}
 	var u undo.Stack
 	defer u.Run()
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -288,6 +291,19 @@ func (s *Store) snapshot(ctx context.Context, v vmm.VM, dir string) error {
 		return err
 	}
 	return snapshotter.Snapshot(ctx, dir)
+}
+
+// room refuses to begin where a guest's memory may not fit. A guest that comes upon the end of the disk
+// need not fail: KVM has its vCPU take the same page fault again and again.
+func room(dir string, memory int64) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return fmt.Errorf("room in %s: %w", dir, err)
+	}
+	if free := int64(fs.Bavail) * fs.Bsize; free < memory {
+		return fmt.Errorf("the disk of %s has %d MiB free, and the memory of a guest may take %d: free some: %w", dir, free>>20, memory>>20, errdefs.ErrResourceExhausted)
+	}
+	return nil
 }
 
 // explain adds that the disk is full, where it is: a VMM that can't write its guest's memory there is

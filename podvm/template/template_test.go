@@ -114,6 +114,19 @@ func TestMadeOnceForAll(t *testing.T) {
 	}
 }
 
+func TestNoRoom(t *testing.T) {
+	d := &driver{}
+	o := options(t, d)
+	o.Config.Size.Memory = 1 << 60
+	_, err := store(t, o).Template(t.Context(), "")
+	if !errors.Is(err, errdefs.ErrResourceExhausted) || d.launched.Load() != 0 {
+		t.Errorf("got %v after %d boots, want %v and none", err, d.launched.Load(), errdefs.ErrResourceExhausted)
+	}
+	if left, _ := filepath.Glob(filepath.Join(o.Dir, "*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
 func TestDamagedIsMadeAnew(t *testing.T) {
 	for name, damage := range map[string]func(dir string) error{
 		"cut short":     func(dir string) error { return os.Truncate(filepath.Join(dir, "memory"), 1) },

@@ -145,8 +145,9 @@ const (
 	resizeStall = 5 * time.Second // no progress for so long: it has reached what it can
 )
 
-// Resize implements vmm.VM.
-// Source: PUT /vm.resize, /vm.resize-zone of Cloud Hypervisor.
+// Resize implements vmm.VM. It takes no vCPU away: Cloud Hypervisor 54 ignores the guest's ejection of
+// one, so that the guest is without it for ever while it counts as there, and takes no other number.
+// Source: PUT /vm.resize, /vm.resize-zone and vmm/src/cpu.rs of Cloud Hypervisor.
 func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 	if s.CPUs < 1 || s.CPUs > v.Config.Max.CPUs || s.Memory > v.Config.Max.Memory {
 		return v.Info().Size, fmt.Errorf("resize to %d vCPUs, %d bytes: at most %d, %d: %w", s.CPUs, s.Memory, v.Config.Max.CPUs, v.Config.Max.Memory, errdefs.ErrOutOfRange)
@@ -157,7 +158,7 @@ func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 	defer cancel()
 	now := v.Info().Size
 	memory := v.plan(s.Memory)
-	if s.CPUs != now.CPUs {
+	if s.CPUs > now.CPUs {
 		if err := v.api.put(ctx, "vm.resize", map[string]int{"desired_vcpus": s.CPUs}, nil); err != nil {
 			return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
 		}

@@ -48,6 +48,7 @@ func (s *suite) attach(t *testing.T) {
 		}
 		gone(t, s.newDriver(t), c, v, imageSerial, s.image)
 		processGone(t, pid)
+		ctx := limited(t, callLimit)
 		if _, err := g.text(ctx, "/proc/uptime"); err == nil || ctx.Err() != nil {
 			t.Errorf("a stream into the VM outlived it: %v", err)
 		}
@@ -135,7 +136,7 @@ func resize(t *testing.T, v vmm.VM, g *guest) {
 		t.Fatal(err)
 	}
 	hidden := startSize.Memory - base
-	most := maxSize
+	had := startSize
 	for _, want := range []vmm.Size{
 		maxSize,
 		{CPUs: 1, Memory: maxSize.Memory},
@@ -151,10 +152,10 @@ func resize(t *testing.T, v vmm.VM, g *guest) {
 		if got != v.Info().Size {
 			t.Errorf("to %v: returns %v, and Info says %v", want, got, v.Info().Size)
 		}
-		if got.CPUs < want.CPUs || got.Memory < want.Memory || got.CPUs > most.CPUs || got.Memory > most.Memory {
-			t.Errorf("to %v: got %v, which it had before: %v", want, got, most)
+		if got.CPUs < want.CPUs || got.Memory < want.Memory || got.CPUs > max(had.CPUs, want.CPUs) || got.Memory > max(had.Memory, want.Memory) {
+			t.Errorf("to %v: got %v, and it had %v before", want, got, had)
 		}
-		most = vmm.Size{CPUs: max(got.CPUs, want.CPUs), Memory: max(got.Memory, want.Memory)}
+		had = got
 		eventually(t, "the guest has what the driver says", func() error {
 			cpus, err1 := g.cpus(ctx)
 			memory, err2 := g.memory(ctx)
