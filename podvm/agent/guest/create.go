@@ -45,13 +45,16 @@ func (a *Agent) create(ctx context.Context, req *agent.CreateRequest) (*agent.Cr
 // rehearsal is the id of the container that Rehearse makes.
 const rehearsal = "rehearsal"
 
-// rehearse takes a container of the guest's own root through its life.
+// rehearse takes the network card and a container of the guest's own root through their lives.
 func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) error {
 	a.mu.Lock()
 	ready := a.prepared && a.setup == nil
 	a.mu.Unlock()
 	if !ready {
 		return fmt.Errorf("the guest has been set up, or is not prepared: %w", errdefs.ErrFailedPrecondition)
+	}
+	if err := rehearseCard(ctx); err != nil {
+		return err
 	}
 	spec, err := decodeSpec(req.Spec)
 	if err != nil {

@@ -46,10 +46,50 @@ func prepareCard(ctx context.Context, address string) error {
 	if link, err = rename(link, cardName); err != nil {
 		return err
 	}
-	if err := ipv6(cardName, "disable_ipv6", "1"); err != nil {
+	if err := silence(link); err != nil {
 		return err
 	}
 	return up(link)
+}
+
+// rehearseCard gives a card that was prepared addresses and routes of documentation, and takes them away
+// again. A guest without such a card has nothing to rehearse.
+func rehearseCard(ctx context.Context) error {
+	link, err := netlink.LinkByName(cardName)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("network card: %w", err)
+	}
+	err = setInterface(ctx, &agent.Interface{
+		Name: cardName, Mac: link.Attrs().HardwareAddr.String(), Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
+		Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "192.0.2.1"}, {Destination: "::/0", Gateway: "2001:db8::1"}},
+	})
+	if err == nil {
+		err = silence(link)
+	}
+	if err != nil {
+		return fmt.Errorf("network card %s: %w", cardName, err)
+	}
+	return nil
+}
+
+// silence takes a card's addresses away, and with them its routes.
+func silence(link netlink.Link) error {
+	if err := ipv6(link.Attrs().Name, "disable_ipv6", "1"); err != nil {
+		return err
+	}
+	addresses, err := netlink.AddrList(link, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range addresses {
+		if err := netlink.AddrDel(link, &a); err != nil {
+			return fmt.Errorf("remove address %s: %w", a.IPNet, err)
+		}
+	}
+	return nil
 }
 
 func setInterface(ctx context.Context, i *agent.Interface) error {

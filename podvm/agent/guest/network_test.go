@@ -103,6 +103,12 @@ func TestCard(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if err := rehearseCard(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if routes, err := netlink.RouteList(nil, netlink.FAMILY_V4); err != nil || len(routes) != 0 {
+		t.Errorf("a rehearsal leaves the routes %v, %v", routes, err)
+	}
 	if link, addrs := card(t); link.Attrs().Flags&net.FlagUp == 0 || len(addrs) != 0 {
 		t.Errorf("prepared: %+v with %v, want it up and silent", link.Attrs(), addrs)
 	}
