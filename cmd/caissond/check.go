@@ -135,6 +135,8 @@ func checkDisk(_ context.Context, c Config) finding {
 	f.detail = fmt.Sprintf("%d MiB free for %s", free>>20, c.Root)
 	if free < enough {
 		f.err = fmt.Errorf("%d MiB free for %s: make it 2 GiB or more, for images and the template", free>>20, c.Root)
+	} else if fs.Type == unix.TMPFS_MAGIC {
+		f.warn, f.err = true, fmt.Errorf("%s is in memory (tmpfs), where also what pods only read takes room, and which a reboot empties: put it on a disk", c.Root)
 	}
 	return f
 }
