@@ -25,6 +25,7 @@ import (
 type Spec struct {
 	Path string
 	Args []string // without the program's name
+	Env  []string // beside PATH
 	Dir  string
 	// Log takes standard output and error; nil: /dev/null.
 	Log *os.File
@@ -58,7 +59,7 @@ func Start(s Spec) (*Process, error) {
 		return nil, err
 	}
 	cmd := exec.Command(s.Path, s.Args...)
-	cmd.Dir, cmd.Env = s.Dir, []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.Dir, cmd.Env = s.Dir, append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, s.Env...)
 	cmd.ExtraFiles = s.Files
 	if s.Log != nil { // a nil *os.File in the interface would not be nil
 		cmd.Stdout, cmd.Stderr = s.Log, s.Log
