@@ -2,6 +2,7 @@ package podvm
 
 import (
 	"context"
+	"net"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -10,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
 // oneTemplate is a store of one template, with a disk in it.
@@ -81,6 +83,16 @@ func TestFailedCloneIsBootedCold(t *testing.T) {
 					return errInjected
 				}
 				return nil
+			}
+		},
+		"no answer": func(n *node, _ *oneTemplate) {
+			n.driver.Serve = func(v *vmmtest.FakeVM, c net.Conn) {
+				if v.Config().Template != "" {
+					c.Close()
+					v.Kill(context.Background())
+					return
+				}
+				n.agentOf(v.ID()).serve(c)
 			}
 		},
 	} {

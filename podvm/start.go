@@ -28,7 +28,7 @@ type birth struct {
 	stopwatch
 	// warm says that its VM runs already (see pool).
 	warm bool
-	// launched is closed when the VM takes devices; its guest may still be booting.
+	// launched is closed when the VM takes devices.
 	launched chan struct{}
 
 	// Each of these is set by one step and read by those that come after it.
@@ -200,11 +200,8 @@ func (b *birth) boot(ctx context.Context) error {
 		return err
 	}
 	close(b.launched)
-	var rpc agent.AgentClient
-	if err := b.time("guest", func() (err error) {
-		rpc, err = b.client.RPC(ctx)
-		return err
-	}); err != nil {
+	rpc, err := b.client.RPC(ctx)
+	if err != nil {
 		return err
 	}
 	if err := b.time("setup", func() error { return b.identify(ctx, rpc) }); err != nil {
@@ -263,10 +260,21 @@ func (b *birth) launch(ctx context.Context) error {
 	if err := b.time("scratch", func() error { return o.Scratch.Create(b.config.Disk.Path) }); err != nil {
 		return err
 	}
-	return b.time("vm", func() error { return b.start(ctx, driver, b.config) })
+	if err := b.time("vm", func() error { return b.start(ctx, driver, b.config) }); err != nil {
+		return err
+	}
+	return b.greet(ctx)
 }
 
-// clone starts the VM as a clone. On error nothing is there of it.
+// greet waits until the guest's agent answers.
+func (b *birth) greet(ctx context.Context) error {
+	return b.time("guest", func() error {
+		_, err := b.client.RPC(ctx)
+		return err
+	})
+}
+
+// clone starts the VM as a clone, and waits until its guest answers. On error nothing is there of it.
 func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 	o := b.m.o
 	scope := ""
@@ -282,14 +290,35 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 		return err
 	}
 	err = b.time("scratch", func() error { return copyDisk(o.Templates.Disk(c.Template), c.Disk.Path) })
+	cold := b.config
 	if err == nil {
 		err = b.time("vm", func() error { return b.start(ctx, driver, c) })
 	}
-	if err != nil {
-		o.Templates.Failed(c.Template)
-		return errors.Join(err, remove(c.Disk.Path))
+	if err == nil {
+		err = b.greet(ctx)
 	}
-	return nil
+	if err == nil {
+		return nil
+	}
+	err = b.explain(err)
+	o.Templates.Failed(c.Template)
+	b.config = cold
+	return errors.Join(err, b.retract(context.WithoutCancel(ctx)))
+}
+
+// retract takes back a VM that was launched, so that another one can be.
+func (b *birth) retract(ctx context.Context) error {
+	if v := b.machine(); v != nil {
+		if err := v.Kill(ctx); err != nil {
+			return fmt.Errorf("kill the clone: %w", err)
+		}
+		b.setMachine(nil)
+	}
+	run := b.m.layout.run(b.id)
+	if err := errors.Join(remove(b.config.Disk.Path), os.RemoveAll(run), os.Mkdir(run, 0o700)); err != nil {
+		return err
+	}
+	return makeCgroup(b.config.Cgroup)
 }
 
 // start launches the VM and notes by which configuration it is attached to.
