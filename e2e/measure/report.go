@@ -37,7 +37,7 @@ type Figure struct {
 // rows is the order of the table; phases come after these.
 var rows = []string{
 	"boot alone", "RunPodSandbox", "CreateContainer", "StartContainer", "pod running", "ExecSync", "Stop+Remove", "pss", "processes",
-	"idle: start", "idle: first", "idle: last", "idle: pss per pod", "idle: memory taken per pod", "own time",
+	"idle: start", "idle: first", "idle: last", "idle: pss per pod", "idle: memory taken per pod", "idle: pods lost", "own time",
 }
 
 // named are the rows that any of the runtimes has figures for.
@@ -126,7 +126,7 @@ func show(name string, v float64) string {
 	switch {
 	case strings.Contains(name, "pss"), strings.Contains(name, "memory"):
 		return fmt.Sprintf("%.1f MiB", v/(1<<20))
-	case name == "processes":
+	case name == "processes", name == "idle: pods lost":
 		return fmt.Sprintf("%.0f", v)
 	}
 	return fmt.Sprintf("%.0f ms", v*1000)

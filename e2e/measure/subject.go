@@ -3,6 +3,7 @@ package measure
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -124,15 +125,20 @@ func (s *subject) density(ctx context.Context, n int) error {
 		}
 		s.add("idle: start", time.Since(start).Seconds())
 	}
-	var pss float64
+	var pss, lost float64
 	for _, p := range pods {
 		w, err := Weigh(p.id)
+		if errors.Is(err, errNone) {
+			lost++
+			continue
+		}
 		if err != nil {
 			return err
 		}
 		pss += w.PSS
 	}
-	s.samples["idle: pss per pod"] = []float64{pss / float64(n)}
+	s.samples["idle: pods lost"] = []float64{lost}
+	s.samples["idle: pss per pod"] = []float64{pss / max(float64(n)-lost, 1)}
 	s.samples["idle: memory taken per pod"] = []float64{(before - available()) / float64(n)}
 	return nil
 }

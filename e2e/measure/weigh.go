@@ -2,6 +2,7 @@ package measure
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,6 +18,8 @@ type Weight struct {
 
 // idDigits of a pod's id are enough to recognise it in a command line or a cgroup's name.
 const idDigits = 16
+
+var errNone = errors.New("no process of it found")
 
 // Weigh finds the processes of a pod: those that carry its id in their command line or cgroup
 // (VMMs, shims), and all their descendants.
@@ -48,7 +51,7 @@ func Weigh(pod string) (Weight, error) {
 		}
 	}
 	if w.Processes == 0 {
-		return w, fmt.Errorf("no process of pod %s found: run as root on the runtime's own machine", pod)
+		return w, fmt.Errorf("pod %s: %w: run as root on the runtime's own machine", pod, errNone)
 	}
 	return w, nil
 }
