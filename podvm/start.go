@@ -274,6 +274,9 @@ func (b *birth) greet(ctx context.Context) error {
 	})
 }
 
+// answerLimit is how long the guest of a clone, which need not boot, may take to answer.
+const answerLimit = 30 * time.Second
+
 // clone starts the VM as a clone, and waits until its guest answers. On error nothing is there of it.
 func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 	o := b.m.o
@@ -295,7 +298,9 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 		err = b.time("vm", func() error { return b.start(ctx, driver, c) })
 	}
 	if err == nil {
-		err = b.greet(ctx)
+		soon, cancel := context.WithTimeout(ctx, answerLimit)
+		err = b.greet(soon)
+		cancel()
 	}
 	if err == nil {
 		return nil
