@@ -79,10 +79,15 @@ func New(o Options) *CNI {
 		o.Timeout = time.Minute
 	}
 	return &CNI{
-		o:    o,
-		lib:  libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &runner{limit: o.Timeout}),
+		o:      o,
+		lib:    newLib(o, nil),
 		states: map[string]state{},
 	}
+}
+
+// newLib returns a libcni whose plugins inherit hold, where there is one.
+func newLib(o Options, hold *os.File) *libcni.CNIConfig {
+	return libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &runner{limit: o.Timeout, hold: hold})
 }
 
 // Open makes a pod's network namespace, and in it the tap of its first interface, whose descriptor it
@@ -174,9 +179,14 @@ func (n *CNI) setup(ctx context.Context, list *libcni.NetworkConfigList, rt *lib
 }
 
 func (n *CNI) add(ctx context.Context, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf) (*types100.Result, error) {
+	lib, release, err := n.plugins(ctx, rt.ContainerID)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	n.gate.RLock()
 	defer n.gate.RUnlock()
-	added, err := n.lib.AddNetworkList(ctx, list, rt)
+	added, err := lib.AddNetworkList(ctx, list, rt)
 	if err != nil {
 		return nil, fmt.Errorf("cni add to network %q: %w", list.Name, err)
 	}
@@ -221,9 +231,14 @@ func (n *CNI) del(ctx context.Context, p Pod) error {
 	if !isNetNS(rt.NetNS) {
 		rt.NetNS = "" // the CNI's word for a namespace that is gone, as after a reboot
 	}
+	lib, release, err := n.plugins(ctx, p.ID)
+	if err != nil {
+		return err
+	}
+	defer release()
 	n.gate.RLock()
 	defer n.gate.RUnlock()
-	if err := n.lib.DelNetworkList(ctx, list, rt); err != nil {
+	if err := lib.DelNetworkList(ctx, list, rt); err != nil {
 		return fmt.Errorf("cni del from network %q (its addresses stay in use until a retry succeeds): %w", list.Name, err)
 	}
 	return nil

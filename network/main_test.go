@@ -34,6 +34,9 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
+	if work := os.Getenv(daemonOf); work != "" {
+		panic(beDaemon(work))
+	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		panic(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
@@ -29,6 +30,9 @@ const (
 type runner struct {
 	version.PluginDecoder
 	limit time.Duration
+	// hold, where set, is inherited by the plugins, which outlive the daemon then. Those without one
+	// die with it.
+	hold *os.File
 }
 
 var _ invoke.Exec = (*runner)(nil)
@@ -49,7 +53,7 @@ func (r *runner) ExecPlugin(ctx context.Context, path string, stdin []byte, env 
 		fmt.Errorf("no answer within %v: %w", r.limit, context.DeadlineExceeded))
 	defer cancel()
 	for {
-		stdout, err := run(ctx, path, stdin, env)
+		stdout, err := r.run(ctx, path, stdin, env)
 		// A plugin that is being replaced by an upgrade.
 		if !errors.Is(err, unix.ETXTBSY) {
 			return stdout, err
@@ -62,15 +66,19 @@ func (r *runner) ExecPlugin(ctx context.Context, path string, stdin []byte, env 
 	}
 }
 
-func run(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
-	// Pdeathsig means the death of the thread that forks, so the thread must not end before.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+func (r *runner) run(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
 	stdout, stderr := &head{limit: maxStdout}, &tail{limit: maxStderr}
 	cmd := exec.CommandContext(ctx, path)
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = env, bytes.NewReader(stdin), stdout, stderr
-	// A plugin doesn't outlive the daemon: the next one may be calling DEL already.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if r.hold != nil {
+		cmd.ExtraFiles = []*os.File{r.hold}
+	} else {
+		// Pdeathsig means the death of the thread that forks, so the thread must not end before.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
+	}
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
 	cmd.WaitDelay = time.Second
 	err := cmd.Run()
