@@ -266,7 +266,7 @@ func TestExec(t *testing.T) {
 	var tty bytes.Buffer
 	size := make(chan agent.WindowSize, 1)
 	size <- agent.WindowSize{Width: 100, Height: 40}
-	code, err = c.Exec(ctx, agent.Exec{Container: "one", TTY: true, Process: []byte(`{"args":["sh","-c","until stty size >/dev/null 2>&1; do :; done; stty size; read x; echo got $x"]}`)},
+	code, err = c.Exec(ctx, agent.Exec{Container: "one", TTY: true, Process: []byte(`{"args":["sh","-c","until [ \"$(stty size 2>&1)\" = \"40 100\" ]; do :; done; stty size; read x; echo got $x"]}`)},
 		agent.IO{Stdin: strings.NewReader("typed\n"), Stdout: &tty, Resize: size})
 	if err != nil || code != 0 || !strings.Contains(tty.String(), "40 100\r\n") || !strings.Contains(tty.String(), "got typed\r\n") {
 		t.Errorf("terminal: %d, %v, %q", code, err, tty.String())
