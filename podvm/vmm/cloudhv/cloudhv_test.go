@@ -149,7 +149,8 @@ func TestHandshake(t *testing.T) {
 	}
 }
 
-// A guest that does not answer the first connection is asked again; one that refuses is not.
+// A guest that does not answer the first connection, or refuses it, is asked again; one that refuses
+// all is not asked for ever.
 func TestUnansweredConnection(t *testing.T) {
 	dir := t.TempDir()
 	l, err := net.Listen("unix", vsockPath(dir))
@@ -165,9 +166,9 @@ func TestUnansweredConnection(t *testing.T) {
 			}
 			switch conn.Read(make([]byte, 64)); i {
 			case 0: // no answer
-			case 1:
+			case 1, 3:
 				conn.Write([]byte("OK 1073741825\n"))
-			case 2:
+			default:
 				conn.Close()
 			}
 		}
@@ -183,8 +184,12 @@ func TestUnansweredConnection(t *testing.T) {
 		t.Fatalf("after no answer: %v", err)
 	}
 	conn.Close()
+	if conn, err = v.connect(t.Context(), 1024); err != nil {
+		t.Fatalf("after one refusal: %v", err)
+	}
+	conn.Close()
 	if _, err := v.connect(t.Context(), 1024); !errors.Is(err, io.EOF) {
-		t.Fatalf("after a refusal: %v", err)
+		t.Fatalf("after all were refused: %v", err)
 	}
 }
 

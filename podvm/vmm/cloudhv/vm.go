@@ -181,10 +181,15 @@ func (f *farewell) Close() error {
 }
 
 // Cloud Hypervisor gives the guest two seconds to answer a connection, and then hangs up. A guest that
-// was restored only just now may never see its first one, so that soon another is tried beside it.
+// was restored only just now may never see its first one, so that soon another is tried beside it. Not
+// beside those of a guest that is going to be a template: the ones that lose would be in its snapshot.
+//
+// A connection that is in a snapshot is one that its clones refuse: they are numbered from the start
+// again. The next number may be free.
 const (
 	firstPatience = 100 * time.Millisecond
 	hangUp        = 2 * time.Second
+	mostRefusals  = 8
 )
 
 // connect opens a connection to the guest's port: the first of its attempts that is answered.
@@ -210,12 +215,20 @@ func (v *vm) connect(ctx context.Context, port uint32) (*net.UnixConn, error) {
 			}
 		}
 	}
-	for patience := firstPatience; ; patience *= 2 {
+	patience, refused := firstPatience, 0
+	if v.Config.MemoryFile != "" {
+		patience = hangUp
+	}
+	for {
 		go try()
 		select {
 		case a := <-answers:
-			return a.conn, a.err
+			if !errors.Is(a.err, io.EOF) || refused == mostRefusals {
+				return a.conn, a.err
+			}
+			refused++
 		case <-time.After(patience):
+			patience *= 2
 		case <-v.Process.Done():
 			return nil, io.EOF
 		case <-ctx.Done():
