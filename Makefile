@@ -29,6 +29,7 @@ guest: build
 
 # The guest's kernel from Debian's source package, small, with its drivers built in. Takes minutes.
 guest-kernel:
+	@.ci/deps kernel
 	podvm/guestimage/kernel/build.sh build/guest-kernel build/linux
 
 # What building, demo and tests need of Debian. As root.
@@ -64,29 +65,29 @@ unit:
 e2e:
 	go test $(GOFLAGS) -p 1 -count 1 -timeout 30m ./e2e ./e2e/critest
 
-# The end-to-end tests with Cloud Hypervisor, and those with a kubelet, in an emulated node whose
-# KVM works.
+# The contract of VM drivers with Cloud Hypervisor, the end-to-end tests with it, and those with a
+# kubelet, in an emulated node whose KVM works.
 e2e-node:
 	@command -v cloud-hypervisor >/dev/null || { echo "e2e-node: nothing is tested: there is no cloud-hypervisor in PATH; put a release of it there"; exit 1; }
 	@.ci/deps node
 	@$(MAKE) --no-print-directory build guest prepare kubelet
-	@status=0; for what in suite kubelet; do go run $(GOFLAGS) ./e2e/node $$what -test.v || status=1; done; \
+	@status=0; for what in contract suite kubelet; do go run $(GOFLAGS) ./e2e/node $$what -test.v || status=1; done; \
 	go run $(GOFLAGS) ./e2e/node down; exit $$status
 
 # The kubelet for the emulated node. Takes minutes.
 kubelet:
 	cd e2e/kubelet/tool && GOFLAGS= go build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.37.2' -o ../../../build/tools/kubelet k8s.io/kubernetes/cmd/kubelet
 
-# Pods that are clones against pods that boot, PODS of each, IDLE more at once. With
+# Pods that are clones against pods that boot, PODS of each, IDLE more at once, and what images cost. With
 # BENCH='--endpoint NAME=unix:///SOCKET ...' the runtimes at these CRI sockets against one another.
 PODS := 10
-IDLE := 0
+IDLE := 20
 bench: deps
 	@$(MAKE) --no-print-directory build guest prepare
 ifdef BENCH
 	go run $(GOFLAGS) ./e2e/bench $(BENCH)
 else
-	CAISSON_BENCH_IDLE=$(IDLE) go test $(GOFLAGS) ./e2e -run '^$$' -bench Pods -benchtime $(PODS)x -timeout 60m
+	CAISSON_BENCH_IDLE=$(IDLE) go test $(GOFLAGS) ./e2e -run '^$$' -bench 'Pods|Images' -benchtime $(PODS)x -timeout 60m
 endif
 
 lint:

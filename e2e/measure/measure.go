@@ -35,6 +35,8 @@ type Endpoint struct {
 	Address string
 	// Handler is the runtime handler of its pods; may be empty.
 	Handler string
+	// Against names another endpoint to which there are ratios, too.
+	Against string
 	// Boot, where set, does what any pod of this runtime has to wait for, for comparison.
 	Boot func(context.Context) error
 	// Settle, where set, is called after each pod: it returns when the runtime has done what it does

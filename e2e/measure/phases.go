@@ -35,6 +35,7 @@ func (p *pod) phases(ctx context.Context, count bool) error {
 		return err
 	}
 	p.add("own time", p.last("RunPodSandbox")-covered(phases, outside)/1000)
+	p.add("RunPodSandbox less CNI", p.last("RunPodSandbox")-alone(phases, "network")/1000)
 	return nil
 }
 
@@ -67,6 +68,21 @@ func (p *pod) keep(prefix string, verbose map[string]string) ([]phase, error) {
 		}
 	}
 	return info.Phases, nil
+}
+
+// alone is how long nothing but the phase of this name went on, in ms.
+func alone(phases []phase, name string) float64 {
+	var all, others []string
+	for _, p := range phases {
+		if p.Name == "total" {
+			continue
+		}
+		all = append(all, p.Name)
+		if p.Name != name {
+			others = append(others, p.Name)
+		}
+	}
+	return covered(phases, all) - covered(phases, others)
 }
 
 // covered is how long at least one phase of these names went on, in ms.

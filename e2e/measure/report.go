@@ -20,7 +20,9 @@ type Report struct {
 
 // Figures are those of one runtime, by name.
 type Figures struct {
-	Name    string            `json:"name"`
+	Name string `json:"name"`
+	// Against is the runtime of RatioAgainst, if any.
+	Against string            `json:"against,omitempty"`
 	Version string            `json:"version"`
 	Figures map[string]Figure `json:"figures"`
 }
@@ -32,12 +34,15 @@ type Figure struct {
 	N   int     `json:"n"`
 	// Ratio is P50 over that of the first runtime of the run; 0 where that has none.
 	Ratio float64 `json:"ratio"`
+	// RatioAgainst is P50 over that of the runtime that the endpoint names.
+	RatioAgainst float64 `json:"ratio_against,omitempty"`
 }
 
 // rows is the order of the table; phases come after these.
 var rows = []string{
-	"boot alone", "RunPodSandbox", "CreateContainer", "StartContainer", "pod running", "ExecSync", "Stop+Remove", "pss", "processes",
-	"idle: start", "idle: first", "idle: last", "idle: pss per pod", "idle: memory taken per pod", "idle: pods lost", "own time",
+	"boot alone", "RunPodSandbox", "RunPodSandbox less CNI", "CreateContainer", "StartContainer", "Create+Start", "pod running",
+	"ExecSync", "Stop+Remove", "pss", "processes",
+	"idle: start", "idle: last to first", "idle: pss per pod", "idle: memory taken per pod", "idle: pods lost", "own time",
 }
 
 // named are the rows that any of the runtimes has figures for.
@@ -59,23 +64,43 @@ func (r Report) named() []string {
 
 func newReport(all []*subject) Report {
 	r := Report{Machine: machine(), Runs: all[0].Runs}
-	for i, s := range all {
+	for _, s := range all {
 		if starts := s.samples["idle: start"]; len(starts) > 0 {
-			s.samples["idle: first"], s.samples["idle: last"] = starts[:1], starts[len(starts)-1:]
+			s.samples["idle: last to first"] = []float64{lastToFirst(starts)}
 		}
-		f := Figures{s.Name, s.version, map[string]Figure{}}
+		f := Figures{s.Name, s.Against, s.version, map[string]Figure{}}
 		for name, values := range s.samples {
-			fig := Figure{P50: quantile(values, 0.5), P95: quantile(values, 0.95), N: len(values)}
-			if i == 0 {
-				fig.Ratio = 1
-			} else if first, ok := r.Runtimes[0].Figures[name]; ok && first.P50 > 0 {
-				fig.Ratio = fig.P50 / first.P50
-			}
-			f.Figures[name] = fig
+			f.Figures[name] = Figure{P50: quantile(values, 0.5), P95: quantile(values, 0.95), N: len(values)}
 		}
 		r.Runtimes = append(r.Runtimes, f)
 	}
+	for i, f := range r.Runtimes {
+		for name, fig := range f.Figures {
+			fig.Ratio = r.ratio(fig, r.Runtimes[0].Name, name)
+			if i > 0 && f.Against != r.Runtimes[0].Name {
+				fig.RatioAgainst = r.ratio(fig, f.Against, name)
+			}
+			f.Figures[name] = fig
+		}
+	}
 	return r
+}
+
+// ratio of a figure to another runtime's of that name; 0 where there is none.
+func (r Report) ratio(fig Figure, runtime, name string) float64 {
+	for _, f := range r.Runtimes {
+		if to, ok := f.Figures[name]; ok && f.Name == runtime && to.P50 > 0 {
+			return fig.P50 / to.P50
+		}
+	}
+	return 0
+}
+
+// lastToFirst compares how long the last of many pods took to start with the first. Single starts
+// scatter, so that it is the medians of up to five at each end.
+func lastToFirst(starts []float64) float64 {
+	n := min(5, (len(starts)+1)/2)
+	return quantile(starts[len(starts)-n:], 0.5) / quantile(starts[:n], 0.5)
 }
 
 // quantile is the smallest value that at least a share q of all does not exceed.
@@ -95,8 +120,8 @@ func (r Report) String() string {
 	fmt.Fprint(w, "\n\t")
 	for i, f := range r.Runtimes {
 		fmt.Fprintf(w, "%s p50\tp95\t", f.Name)
-		if i > 0 {
-			fmt.Fprintf(w, "to %s\t", r.Runtimes[0].Name)
+		for _, to := range r.compared(i) {
+			fmt.Fprintf(w, "to %s\t", to)
 		}
 	}
 	fmt.Fprintln(w)
@@ -109,11 +134,12 @@ func (r Report) String() string {
 			} else {
 				fmt.Fprintf(w, "%s\t%s\t", show(name, fig.P50), show(name, fig.P95))
 			}
-			switch {
-			case i > 0 && fig.Ratio > 0:
-				fmt.Fprintf(w, "%.2fx\t", fig.Ratio)
-			case i > 0:
-				fmt.Fprint(w, "\t")
+			for n := range r.compared(i) {
+				if ratio := []float64{fig.Ratio, fig.RatioAgainst}[n]; ratio > 0 {
+					fmt.Fprintf(w, "%.2fx\t", ratio)
+				} else {
+					fmt.Fprint(w, "\t")
+				}
 			}
 		}
 		fmt.Fprintln(w)
@@ -122,12 +148,26 @@ func (r Report) String() string {
 	return b.String()
 }
 
+// compared are the runtimes to which the i-th has ratios.
+func (r Report) compared(i int) (names []string) {
+	if i == 0 {
+		return nil
+	}
+	names = append(names, r.Runtimes[0].Name)
+	if to := r.Runtimes[i].Against; to != "" && to != names[0] {
+		names = append(names, to)
+	}
+	return names
+}
+
 func show(name string, v float64) string {
 	switch {
 	case strings.Contains(name, "pss"), strings.Contains(name, "memory"):
 		return fmt.Sprintf("%.1f MiB", v/(1<<20))
 	case name == "processes", name == "idle: pods lost":
 		return fmt.Sprintf("%.0f", v)
+	case name == "idle: last to first":
+		return fmt.Sprintf("%.2f", v)
 	}
 	return fmt.Sprintf("%.0f ms", v*1000)
 }

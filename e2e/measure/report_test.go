@@ -34,6 +34,37 @@ func TestReportComparesToTheFirst(t *testing.T) {
 	}
 }
 
+func TestReportComparesToAnother(t *testing.T) {
+	var all []*subject
+	for _, s := range []struct {
+		name, against string
+		took          float64
+	}{{"runc", "", 1}, {"boot", "", 8}, {"clone", "boot", 2}} {
+		all = append(all, &subject{Endpoint: Endpoint{Name: s.name, Against: s.against}, samples: samples{"RunPodSandbox": {s.took}}})
+	}
+	text := newReport(all).String()
+	for _, want := range []string{"to boot", "8.00x", "2.00x", "0.25x"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, text)
+		}
+	}
+}
+
+func TestLastToFirst(t *testing.T) {
+	for _, tt := range []struct {
+		starts []float64
+		want   float64
+	}{
+		{[]float64{3}, 1},
+		{[]float64{1, 2}, 2},
+		{[]float64{1, 1, 9, 1, 1, 5, 2, 2, 2, 2, 2}, 2}, // one of each end scatters
+	} {
+		if got := lastToFirst(tt.starts); got != tt.want {
+			t.Errorf("%v: got %v, want %v", tt.starts, got, tt.want)
+		}
+	}
+}
+
 func TestWeighFindsByCommandLine(t *testing.T) {
 	id := strings.Repeat("5eed", 16)
 	sleeper := exec.Command("sh", "-c", "read x", id)
@@ -66,5 +97,12 @@ func TestCovered(t *testing.T) {
 	phases := []phase{{"vm", 0, 10}, {"network", 5, 10}, {"disk", 15, 100}, {"guest", 20, 5}, {"guest", 21, 1}}
 	if got := covered(phases, []string{"vm", "network", "guest"}); got != 20 {
 		t.Errorf("got %v ms, want 20", got)
+	}
+}
+
+func TestAlone(t *testing.T) {
+	phases := []phase{{"total", 0, 100}, {"network", 0, 10}, {"vm", 4, 2}, {"guest", 9, 20}, {"network", 40, 5}}
+	if got := alone(phases, "network"); got != 12 {
+		t.Errorf("got %v ms, want 12", got)
 	}
 }

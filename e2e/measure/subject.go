@@ -96,7 +96,8 @@ func (s *subject) cycle(ctx context.Context, count bool) (err error) {
 		}
 	}
 	if count {
-		s.add("pod running", s.last("RunPodSandbox")+s.last("CreateContainer")+s.last("StartContainer"))
+		s.add("Create+Start", s.last("CreateContainer")+s.last("StartContainer"))
+		s.add("pod running", s.last("RunPodSandbox")+s.last("Create+Start"))
 	}
 	return nil
 }
@@ -106,12 +107,12 @@ func (s *subject) add(name string, v float64) { s.samples[name] = append(s.sampl
 func (s *subject) last(name string) float64 { return s.samples[name][len(s.samples[name])-1] }
 
 // density starts n idle pods beside one another and weighs them together.
-func (s *subject) density(ctx context.Context, n int) error {
+func (s *subject) density(ctx context.Context, n int) (err error) {
 	var pods []*pod
 	defer func() {
 		for _, p := range pods {
 			if p.id != "" {
-				p.remove(context.WithoutCancel(ctx), false)
+				err = errors.Join(err, p.remove(context.WithoutCancel(ctx), false))
 			}
 		}
 	}()

@@ -10,6 +10,7 @@
 //	node get FILE... DIR    copy files out of it
 //	node suite [ARG...]     run the end-to-end tests in it; the arguments are the test program's
 //	node kubelet [ARG...]   run the tests with a kubelet in it, likewise
+//	node contract [ARG...]  run the contract of VM drivers with Cloud Hypervisor in it, likewise
 //	node log                print its console
 //	node down               power it off
 //
@@ -53,7 +54,7 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "node [flags] build | up | run CMD... | put FILE... DIR | get FILE... DIR | suite [ARG...] | kubelet [ARG...] | log | down")
+	fmt.Fprintln(os.Stderr, "node [flags] build | up | run CMD... | put FILE... DIR | get FILE... DIR | suite [ARG...] | kubelet [ARG...] | contract [ARG...] | log | down")
 	flag.PrintDefaults()
 }
 
@@ -86,6 +87,8 @@ func (n *node) do(ctx context.Context, args []string) error {
 		return n.suite(ctx, endToEnd, rest)
 	case "kubelet":
 		return n.suite(ctx, kubelet, rest)
+	case "contract":
+		return n.suite(ctx, contract, rest)
 	case "log":
 		return n.log()
 	case "down":

@@ -24,11 +24,12 @@ type program struct {
 
 var (
 	endToEnd = program{"e2e", []string{"go.mod", "bin", "build/guest", "build/images", "build/tools/crictl"}}
+	contract = program{"podvm/vmm/cloudhv", []string{"go.mod", "build/guest"}}
 	kubelet  = program{"e2e/kubelet", append([]string{"deploy", "build/tools/kubelet"}, endToEnd.files...)}
 )
 
 // suite runs a test program in the node, with Cloud Hypervisor on the node's KVM. It is built here
-// and copied. Arguments are the test program's.
+// and copied. Arguments are the test program's, and variables CAISSON_... reach it.
 //
 // Emulated nested virtualization freezes or panics now and then, for reasons of its own: then the
 // node is started anew and the test is repeated. So each test runs by itself, unless the
@@ -114,12 +115,24 @@ func (n *node) inside(ctx context.Context, p program, command []string) error {
 	if limit.limit == 0 {
 		limit.limit = testLimit
 	}
-	words := []string{"cd", path.Join(inNode, p.pkg), "&&", "CAISSON_E2E_DRIVER=cloud-hypervisor"}
+	words := []string{"cd", path.Join(inNode, p.pkg), "&&", driverVar + "=cloud-hypervisor"}
+	for _, v := range os.Environ() {
+		if strings.HasPrefix(v, "CAISSON_") && !strings.HasPrefix(v, driverVar) {
+			name, value, _ := strings.Cut(v, "=")
+			words = append(words, name+"="+quoted(value))
+		}
+	}
 	for _, word := range command {
-		words = append(words, "'"+strings.ReplaceAll(word, "'", `'\''`)+"'")
+		words = append(words, quoted(word))
 	}
 	return limit.run(ctx, words)
 }
+
+// driverVar chooses the driver of the daemons under test.
+const driverVar = "CAISSON_E2E_DRIVER"
+
+// quoted is a word as the node's shell reads it.
+func quoted(word string) string { return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'" }
 
 // upClean boots the node where it is down, and anew where it is frozen or an interrupted run has left
 // VMs in it.
