@@ -40,6 +40,7 @@ func (s *suite) attach(t *testing.T) {
 	t.Run("Refusals", func(t *testing.T) { refusals(t, v, imageSerial, s.image) })
 	t.Run("Disk", func(t *testing.T) { disk(t, v, g, address) })
 	t.Run("NIC", func(t *testing.T) { nic(t, v, g) })
+	t.Run("Freed", func(t *testing.T) { freed(t, v, g) })
 	t.Run("Resize", func(t *testing.T) { resize(t, v, g) })
 	t.Run("Killed9", func(t *testing.T) {
 		pid := v.Info().PID

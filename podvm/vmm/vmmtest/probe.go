@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // probeArg makes the test program the probe: what runs in the guest, in a container, and tells the
@@ -94,6 +96,23 @@ func (Probe) Glob(pattern string, found *[]string) (err error) {
 	*found, err = filepath.Glob(pattern)
 	return err
 }
+
+// filled is what Fill wrote to.
+var filled []byte
+
+// Fill writes to so many bytes of memory.
+func (Probe) Fill(size int, _ *struct{}) (err error) {
+	if filled, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANONYMOUS|unix.MAP_PRIVATE); err != nil {
+		return err
+	}
+	for i := 0; i < size; i += os.Getpagesize() {
+		filled[i] = 1
+	}
+	return nil
+}
+
+// Free gives back what Fill wrote to.
+func (Probe) Free(struct{}, *struct{}) error { return unix.Munmap(filled) }
 
 // call makes a call that ends with ctx.
 func call(ctx context.Context, c *rpc.Client, method string, args, reply any) error {
