@@ -187,14 +187,27 @@ func guestUser(u User, imageUser string) *agent.User {
 }
 
 // attachImage gives the VM an image's disk, once, and returns the disk's address in the guest. The
-// link in the pod's folder is its lease on the image.
+// link in the pod's folder is its lease on the image; it stays what it is when the image is removed
+// and pulled again: the id is the content's.
 func (p *Pod) attachImage(ctx context.Context, id string) (imagestore.Image, string, error) {
 	name := strings.TrimPrefix(id, "sha256:")
 	if !isHex(name) {
 		return imagestore.Image{}, "", fmt.Errorf("image %q: want its id: %w", id, errdefs.ErrInvalidArgument)
 	}
+	if address := p.record.now().Disks[id]; address != "" {
+		image, err := p.m.o.Images.Image(id)
+		if err != nil {
+			return image, "", fmt.Errorf("image %s: %w", id, err)
+		}
+		return image, address, nil
+	}
 	path := p.m.layout.image(p.id, name)
 	image, err := p.m.o.Images.Link(id, path)
+	if errdefs.IsAlreadyExists(err) { // a link to an earlier pull, of a daemon that died before it had attached it
+		if err = remove(path); err == nil {
+			image, err = p.m.o.Images.Link(id, path)
+		}
+	}
 	if err != nil {
 		return image, "", fmt.Errorf("image %s: %w", id, err)
 	}

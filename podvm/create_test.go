@@ -114,6 +114,30 @@ func TestCreateJoined(t *testing.T) {
 	}
 }
 
+// TestImagePulledAgain has an image removed and pulled again, while a pod has it and before.
+func TestImagePulledAgain(t *testing.T) {
+	for name, attached := range map[string]bool{"attached": true, "linked and not attached": false} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			p := n.pod(podConfig("web"))
+			if attached {
+				n.running(p, containerConfig("main"))
+			} else if err := os.Link(n.images.file, n.layout.image(p.ID(), strings.TrimPrefix(testImage, "sha256:"))); err != nil {
+				t.Fatal(err)
+			}
+			if err := n.images.pullAgain(); err != nil {
+				t.Fatal(err)
+			}
+			again := containerConfig("main")
+			again.Attempt = 1
+			n.running(p, again)
+			if disks := n.driver.VMs()[0].Disks(); len(disks) != 2 {
+				t.Errorf("one image and the scratch disk are %d disks", len(disks))
+			}
+		})
+	}
+}
+
 // TestCreateRequest looks at what the guest is asked for.
 func TestCreateRequest(t *testing.T) {
 	n := newNode(t)

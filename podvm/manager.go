@@ -32,7 +32,10 @@ type Network interface {
 
 // Images is what podvm needs of the image store.
 type Images interface {
-	// Link hard-links the image's file to path and returns the image; errdefs.ErrNotFound.
+	// Image returns the image of an id; errdefs.ErrNotFound.
+	Image(id string) (imagestore.Image, error)
+	// Link hard-links the image's file to path and returns the image; errdefs.ErrNotFound, and
+	// errdefs.ErrAlreadyExists where path is another file.
 	Link(id, path string) (imagestore.Image, error)
 }
 
