@@ -131,8 +131,8 @@ func setName(path string) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// copyFile copies a single file in: /etc/hosts, the termination log. What the container writes comes
-// back when it ends.
+// copyFile copies a single file in: /etc/hosts, the termination log. If the container writes it, it
+// comes back when the container ends.
 func (n *newContainer) copyFile(to *agent.Mount, path string, info fs.FileInfo, readOnly bool) error {
 	f, err := readFile(path, "", info)
 	if err != nil {

@@ -20,8 +20,11 @@ const writeBackMax = 1 << 20
 // kubelet has them mounted elsewhere too.
 func writeBack(files map[string]string, f *agent.WrittenFile) error {
 	path, ok := files[f.Name]
-	if !ok || len(f.Content) > writeBackMax {
-		return fmt.Errorf("%q, %d bytes: not a file that the container may write", printable(f.Name), len(f.Content))
+	if !ok {
+		return fmt.Errorf("%q: not a file that the container may write", printable(f.Name))
+	}
+	if len(f.Content) > writeBackMax {
+		return fmt.Errorf("%s has more than %d bytes in the container; the node's stays as it is: use a volume for files that grow", path, writeBackMax)
 	}
 	file, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -1137,7 +1137,7 @@ type Files struct {
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`            // names this set in the pod: the same name is the same files
 	Files         []*File                `protobuf:"bytes,2,rep,name=files,proto3" json:"files,omitempty"`          // empty when the set is already there
 	Single        bool                   `protobuf:"varint,3,opt,name=single,proto3" json:"single,omitempty"`       // one regular file: mounted itself, not as a directory
-	Writeback     bool                   `protobuf:"varint,4,opt,name=writeback,proto3" json:"writeback,omitempty"` // single only: content comes back in ContainerState.files at exit
+	Writeback     bool                   `protobuf:"varint,4,opt,name=writeback,proto3" json:"writeback,omitempty"` // single only: what containers write comes back in ContainerState.files at exit
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2492,7 +2492,7 @@ type ContainerState struct {
 	FinishedNs    int64                  `protobuf:"varint,4,opt,name=finished_ns,json=finishedNs,proto3" json:"finished_ns,omitempty"`
 	ExitCode      int32                  `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"` // 128+signal when killed by a signal
 	OomKilled     bool                   `protobuf:"varint,6,opt,name=oom_killed,json=oomKilled,proto3" json:"oom_killed,omitempty"`
-	Files         []*WrittenFile         `protobuf:"bytes,7,rep,name=files,proto3" json:"files,omitempty"`    // writeback files, as they are at exit
+	Files         []*WrittenFile         `protobuf:"bytes,7,rep,name=files,proto3" json:"files,omitempty"`    // writeback files, as they are at exit, that are not as the host has them
 	Synced        bool                   `protobuf:"varint,8,opt,name=synced,proto3" json:"synced,omitempty"` // end of the initial listing: no container in this message
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2587,7 +2587,7 @@ func (x *ContainerState) GetSynced() bool {
 type WrittenFile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`       // Files.name
-	Content       []byte                 `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"` // at most 1 MiB
+	Content       []byte                 `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"` // at most 1 MiB; a byte more says that it was longer, and cut
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -141,34 +140,20 @@ func (c *container) follow() {
 	close(c.exited)
 }
 
-// writtenMax bounds a file that is sent back at exit, in bytes.
-const writtenMax = 1 << 20
-
 // written reads the files that go back to the host.
 func (c *container) written() []*agent.WrittenFile {
 	var files []*agent.WrittenFile
+	room := writtenAll
 	for _, name := range c.writeback {
-		set, ok := c.a.files.lookup(name)
-		if !ok {
-			continue
-		}
-		content, err := readWritten(set.path)
+		file, err := c.a.files.written(name, room)
 		if err != nil {
 			slog.Warn("read a file that the container wrote", "container", c.id, "file", name, "err", err)
-			continue
 		}
-		files = append(files, &agent.WrittenFile{Name: name, Content: content})
+		if file != nil {
+			files, room = append(files, file), room-len(file.Content)
+		}
 	}
 	return files
-}
-
-func readWritten(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, writtenMax))
 }
 
 // signal sends a signal to the main process or to all.

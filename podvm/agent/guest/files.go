@@ -1,10 +1,12 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -27,6 +29,8 @@ type fileSets struct {
 type fileSet struct {
 	path   string
 	single bool
+	// synced is the digest of a single file as the host has it; nil before it was written.
+	synced []byte
 }
 
 func newFileSets(dir string) *fileSets {
@@ -66,7 +70,7 @@ func (f *fileSets) put(ctx context.Context, req *agent.Files) (string, error) {
 	case known && len(req.Files) == 0:
 		return s.path, nil
 	case !known:
-		s = fileSet{filepath.Join(f.dir, hashed(req.Name)), req.Single}
+		s = fileSet{path: filepath.Join(f.dir, hashed(req.Name)), single: req.Single}
 	}
 	if err := s.write(req.Files); err != nil {
 		return "", fmt.Errorf("files %q: %w", req.Name, err)
@@ -86,7 +90,7 @@ func (f *fileSets) update(ctx context.Context, req *agent.Files) error {
 	return err
 }
 
-func (s fileSet) write(files []*agent.File) error {
+func (s *fileSet) write(files []*agent.File) error {
 	if !s.single {
 		if err := os.MkdirAll(s.path, 0o755); err != nil {
 			return err
@@ -95,21 +99,91 @@ func (s fileSet) write(files []*agent.File) error {
 	}
 	switch len(files) {
 	case 0:
-		return writeInPlace(s.path, &agent.File{Mode: 0o644})
+		return s.writeOne(&agent.File{Mode: 0o644})
 	case 1:
-		return writeInPlace(s.path, files[0])
+		return s.writeOne(files[0])
 	}
 	return fmt.Errorf("%d files in place of one: %w", len(files), errdefs.ErrInvalidArgument)
 }
 
-// writeInPlace keeps the inode, which is what containers have mounted.
+// writeOne makes a single file the host's, unless a container has written it: that is not on the host
+// yet, and would be lost.
+func (s *fileSet) writeOne(file *agent.File) error {
+	if s.synced != nil {
+		content, err := s.read()
+		if err != nil || !s.isSynced(content) {
+			return err
+		}
+	}
+	if err := writeInPlace(s.path, file); err != nil {
+		return err
+	}
+	s.synced = digest(file.Content)
+	return nil
+}
+
+func (s *fileSet) isSynced(content []byte) bool { return bytes.Equal(digest(content), s.synced) }
+
+func digest(content []byte) []byte {
+	sum := sha256.Sum256(content)
+	return sum[:]
+}
+
+// writtenMax bounds a file that is sent back at exit, in bytes, and writtenAll all that one exit sends:
+// a message of the host's channel takes 4 MiB.
+const (
+	writtenMax = 1 << 20
+	writtenAll = 3 << 20
+)
+
+// read returns the content of a single file. If it is longer than what can be sent back, it is cut, to
+// one byte more than that.
+func (s *fileSet) read() ([]byte, error) {
+	f, err := os.Open(s.path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, writtenMax+1))
+}
+
+// written returns what containers made of a single file; nil if it is as the host has it. There is
+// room for so many bytes.
+func (f *fileSets) written(name string, room int) (*agent.WrittenFile, error) {
+	<-f.turn
+	defer func() { f.turn <- struct{}{} }()
+	s, ok := f.lookup(name)
+	if !ok {
+		return nil, nil
+	}
+	content, err := s.read()
+	if err != nil || s.isSynced(content) {
+		return nil, err
+	}
+	if len(content) > room {
+		return nil, fmt.Errorf("an end takes %d bytes of all files", writtenAll)
+	}
+	if len(content) <= writtenMax { // else the host keeps its own
+		s.synced = digest(content)
+		f.mu.Lock()
+		f.sets[name] = s
+		f.mu.Unlock()
+	}
+	return &agent.WrittenFile{Name: name, Content: content}, nil
+}
+
+// writeInPlace keeps the inode, which is what containers have mounted, and shows none of them an empty
+// file meanwhile.
 func writeInPlace(path string, file *agent.File) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if _, err := f.Write(file.Content); err != nil {
+	if _, err := f.WriteAt(file.Content, 0); err != nil {
+		return err
+	}
+	if err := f.Truncate(int64(len(file.Content))); err != nil {
 		return err
 	}
 	if err := f.Chown(int(file.Uid), int(file.Gid)); err != nil {

@@ -160,3 +160,46 @@ func TestSyncTree(t *testing.T) {
 		t.Errorf("a device: %v", err)
 	}
 }
+
+// TestWriteback: a file goes back when a container wrote it, and only then.
+func TestWriteback(t *testing.T) {
+	ctx, c := startAgent(t)
+	hosts := func(content string) *agent.CreateRequest {
+		f := files("hosts", &agent.File{Mode: 0o644, Content: []byte(content)})
+		f.Single, f.Writeback = true, true
+		return &agent.CreateRequest{Mounts: []*agent.Mount{{Destination: "/hosts", Source: &agent.Mount_Files{Files: f}}}}
+	}
+	run := func(id, command, host, want string) []*agent.WrittenFile {
+		t.Helper()
+		r, _ := create(t, ctx, c, id, specOf("sh", "-c", command), hosts(host))
+		r.start()
+		s := r.wait()
+		if out, _ := r.logs(); out != want {
+			t.Errorf("%s: the container read %q, want %q", id, out, want)
+		}
+		return s.Files
+	}
+	if got := run("reads", "cat /hosts", "one\n", "one\n"); len(got) > 0 {
+		t.Errorf("what was only read came back: %v", got)
+	}
+	if got := run("fresh", "cat /hosts", "two, by the node\n", "two, by the node\n"); len(got) > 0 {
+		t.Errorf("what the node wrote came back: %v", got)
+	}
+	first, _ := create(t, ctx, c, "writes", specOf("sleep", "1000"), hosts("two, by the node\n"))
+	first.start()
+	if code, _, errs := first.exec(nil, "sh", "-c", "echo three >/hosts"); code != 0 {
+		t.Fatal(errs)
+	}
+	if got := run("second", "cat /hosts", "two, by the node\n", "three\n"); len(got) != 1 || string(got[0].Content) != "three\n" {
+		t.Errorf("what a container wrote did not come back at the pod's next exit: %v", got)
+	}
+	if got := run("none", "cat /hosts", "three\n", "three\n"); len(got) > 0 {
+		t.Errorf("what came back already came again: %v", got)
+	}
+	if got := run("empties", ": >/hosts", "three\n", ""); len(got) != 1 || len(got[0].Content) != 0 {
+		t.Errorf("an emptied file: %v", got)
+	}
+	if got := run("grows", "dd if=/dev/zero of=/hosts bs=1M count=2 2>/dev/null", "", ""); len(got) != 1 || len(got[0].Content) != writtenMax+1 {
+		t.Errorf("a file that grew too long is not told: %d files", len(got))
+	}
+}
