@@ -90,6 +90,14 @@ func testExits(t *testing.T, d *harness.Daemon) {
 			t.Errorf("%s: times %d, %d, %d", tt.script, s.CreatedAt, s.StartedAt, s.FinishedAt)
 		}
 	}
+	lost := pod.Create(images.Busybox, []string{"no-such-command"})
+	if err := lost.TryStart(); err == nil || !strings.Contains(err.Error(), `exec: "no-such-command": executable file not found in $PATH`) {
+		t.Errorf("a command that is not there: %v", err)
+	}
+	if s := lost.Status(); s.State != runtimeapi.ContainerState_CONTAINER_EXITED || s.ExitCode != 128 || s.Reason != "StartError" || !strings.Contains(s.Message, "no-such-command") {
+		t.Errorf("a command that is not there: %v, %d, %q, %q", s.State, s.ExitCode, s.Reason, s.Message)
+	}
+	lost.Remove()
 	oom := pod.Run(images.Busybox, harness.Shell("dd if=/dev/zero of=/dev/null bs=40M"), func(c *runtimeapi.ContainerConfig) {
 		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 20 << 20, MemorySwapLimitInBytes: 20 << 20}
 	})

@@ -33,7 +33,7 @@ func (s *runtimeService) CreateContainer(ctx context.Context, r *cri.CreateConta
 	}
 	c, err := p.Create(ctx, config)
 	if err != nil {
-		return nil, err
+		return nil, notItself(err)
 	}
 	return &cri.CreateContainerResponse{ContainerId: c.Status().ID}, nil
 }
@@ -44,12 +44,12 @@ func (s *runtimeService) StartContainer(ctx context.Context, r *cri.StartContain
 	if err != nil {
 		return nil, err
 	}
-	return &cri.StartContainerResponse{}, noCommand(c.Start(ctx))
+	return &cri.StartContainerResponse{}, notItself(c.Start(ctx))
 }
 
-// noCommand: when a container was found, what is missing is its command, and the CRI's NotFound
-// would say of the container that it is gone.
-func noCommand(err error) error {
+// notItself: when a pod or container was found, what is missing is something that it needs, such as
+// its command, and the CRI's NotFound would say of the pod or container that it is gone.
+func notItself(err error) error {
 	if errdefs.IsNotFound(err) {
 		return invalid("%v", err)
 	}

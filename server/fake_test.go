@@ -38,6 +38,8 @@ type fakePod struct {
 	stats  func(ctx context.Context) (podvm.PodStats, error)
 	// updates are the resources of the calls of Update.
 	updates []*podvm.Resources
+	// refusal is the error of Create.
+	refusal error
 }
 
 type fakeContainer struct {
@@ -132,6 +134,9 @@ func (p *fakePod) Status() podvm.PodStatus {
 func (p *fakePod) Create(_ context.Context, config podvm.ContainerConfig) (Container, error) {
 	p.all.mu.Lock()
 	defer p.all.mu.Unlock()
+	if p.refusal != nil {
+		return nil, p.refusal
+	}
 	c := &fakeContainer{all: p.all, status: podvm.ContainerStatus{
 		ID: p.all.id(0xc0 + len(p.all.containers)), Pod: p.status.ID, Config: config, State: podvm.Created, Created: time.Now(),
 		LogPath: filepath.Join(p.status.Config.LogDir, config.LogPath),

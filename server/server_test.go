@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	criapi "k8s.io/cri-api/pkg/apis"
@@ -208,6 +209,22 @@ func TestNotFound(t *testing.T) {
 	}
 	_, err := c.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{})
 	wantCode(t, err, codes.InvalidArgument)
+}
+
+// TestCreateMisses: what a container lacks is not the pod that NotFound would be about.
+func TestCreateMisses(t *testing.T) {
+	d := start(t, func(o *Options) { o.Features.RecursiveReadOnlyMounts = true })
+	ctx, c := t.Context(), cri.NewRuntimeServiceClient(d.conn)
+	r, err := c.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: fullPod()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.pods.pods[0].refusal = fmt.Errorf("mount /x: no such path: %w", errdefs.ErrNotFound)
+	_, err = c.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: r.PodSandboxId, Config: fullContainer()})
+	wantCode(t, err, codes.InvalidArgument)
+	if !strings.Contains(err.Error(), "/x") {
+		t.Error(err)
+	}
 }
 
 func TestFilters(t *testing.T) {

@@ -40,7 +40,7 @@ func (s *runtimeService) ExecSync(ctx context.Context, r *cri.ExecSyncRequest) (
 		return nil, fmt.Errorf("command %q timed out after %s: %w", strings.Join(r.GetCmd(), " "), timeout, context.DeadlineExceeded)
 	}
 	if err != nil {
-		return nil, noCommand(err)
+		return nil, notItself(err)
 	}
 	return &cri.ExecSyncResponse{Stdout: stdout.take(), Stderr: stderr.take(), ExitCode: code}, nil
 }

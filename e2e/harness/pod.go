@@ -180,11 +180,17 @@ func Shell(script string) []string { return []string{"sh", "-c", script} }
 // Start starts the container.
 func (c *Container) Start() {
 	c.t().Helper()
-	ctx, cancel := limit()
-	defer cancel()
-	if _, err := c.Pod.d.Runtime().StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: c.ID}); err != nil {
+	if err := c.TryStart(); err != nil {
 		c.t().Fatalf("start container: %v", err)
 	}
+}
+
+// TryStart starts the container, or returns why it could not.
+func (c *Container) TryStart() error {
+	ctx, cancel := limit()
+	defer cancel()
+	_, err := c.Pod.d.Runtime().StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: c.ID})
+	return err
 }
 
 func (c *Container) t() testing.TB { return c.Pod.d.t }

@@ -35,9 +35,11 @@ type container struct {
 	writeback []string
 	stdinOnce bool
 	proc      spawned
-	io        *stdio
-	out       *output
-	taps      taps
+	// failed is why there is no process: crun could not make it.
+	failed *failure
+	io     *stdio
+	out    *output
+	taps   taps
 	// exited is closed when the process has ended and that was published.
 	exited chan struct{}
 
@@ -111,6 +113,10 @@ func (c *container) start(ctx context.Context) (*agent.StartResponse, error) {
 	if s := c.now().State; s != agent.State_STATE_CREATED {
 		return nil, fmt.Errorf("container %s was started already: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
+	if c.failed != nil {
+		c.failed.end()
+		return nil, fmt.Errorf("start container %s: %w", c.id, c.failed.err)
+	}
 	// Before the fact, so that an exit, however soon, finds it running.
 	started := time.Now().UnixNano()
 	c.become(func(s *agent.ContainerState) { s.State, s.StartedNs = agent.State_STATE_RUNNING, started })
@@ -164,6 +170,10 @@ func (c *container) signal(sig unix.Signal, all bool) error {
 	if sig <= 0 || sig > 64 {
 		return fmt.Errorf("no signal %d: %w", sig, errdefs.ErrInvalidArgument)
 	}
+	if c.failed != nil {
+		c.failed.end()
+		return nil
+	}
 	if all {
 		return c.signalAll(sig)
 	}
@@ -177,6 +187,9 @@ func (c *container) update(ctx context.Context, resources []byte) error {
 	defer c.unlock()
 	if c.now().State == agent.State_STATE_EXITED {
 		return fmt.Errorf("container %s has exited: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	if c.failed != nil {
+		return nil // there is nothing to limit, and its start will tell
 	}
 	file := filepath.Join(c.dir, "resources.json")
 	if err := os.WriteFile(file, resources, 0o600); err != nil {
@@ -210,6 +223,9 @@ func (c *container) remove(ctx context.Context) error {
 	}
 	if err := c.killAll(); err != nil {
 		return fmt.Errorf("kill container %s: %w", c.id, err)
+	}
+	if c.failed != nil {
+		c.failed.end()
 	}
 	select {
 	case <-c.exited:

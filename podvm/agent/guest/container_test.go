@@ -187,13 +187,11 @@ func TestCreateFails(t *testing.T) {
 		is   func(error) bool
 		text string
 	}{
-		"no command":    {specOf(), &agent.CreateRequest{}, errdefs.IsInvalidArgument, "no command"},
-		"no executable": {specOf("nope"), &agent.CreateRequest{}, errdefs.IsNotFound, `exec: "nope": executable file not found in $PATH`},
-		"no path":       {specOf("/nope"), &agent.CreateRequest{}, errdefs.IsNotFound, "/nope"},
-		"no user":       {specOf("true"), &agent.CreateRequest{User: &agent.User{Name: "nobody-here"}}, errdefs.IsInvalidArgument, "nobody-here"},
-		"no disk":       {specOf("true"), &agent.CreateRequest{Rootfs: &agent.Rootfs{ImageAddr: "usb:1"}}, errdefs.IsInvalidArgument, "usb:1"},
-		"no image":      {specOf("true"), &agent.CreateRequest{Rootfs: &agent.Rootfs{}}, errdefs.IsInvalidArgument, "no image"},
-		"relative":      {specOf("true"), &agent.CreateRequest{Mounts: []*agent.Mount{{Destination: "x"}}}, errdefs.IsInvalidArgument, "absolute"},
+		"no command": {specOf(), &agent.CreateRequest{}, errdefs.IsInvalidArgument, "no command"},
+		"no user":    {specOf("true"), &agent.CreateRequest{User: &agent.User{Name: "nobody-here"}}, errdefs.IsInvalidArgument, "nobody-here"},
+		"no disk":    {specOf("true"), &agent.CreateRequest{Rootfs: &agent.Rootfs{ImageAddr: "usb:1"}}, errdefs.IsInvalidArgument, "usb:1"},
+		"no image":   {specOf("true"), &agent.CreateRequest{Rootfs: &agent.Rootfs{}}, errdefs.IsInvalidArgument, "no image"},
+		"relative":   {specOf("true"), &agent.CreateRequest{Mounts: []*agent.Mount{{Destination: "x"}}}, errdefs.IsInvalidArgument, "absolute"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, _, err := tryCreate(t, ctx, c, "bad", test.spec, test.req)
@@ -206,6 +204,51 @@ func TestCreateFails(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	r, _ := create(t, ctx, c, "bad", specOf("true"), &agent.CreateRequest{})
+	r.remove()
+}
+
+// TestStartFails: what crun makes of a container is told when it is started, and is its end.
+func TestStartFails(t *testing.T) {
+	ctx, c := startAgent(t)
+	s := service1(t, ctx, c)
+	tty := specOf("nope")
+	tty.Process.Terminal = true
+	nowhere := specOf("true")
+	nowhere.Mounts = []specs.Mount{{Destination: "/x", Type: "bind", Source: "/does not exist", Options: []string{"bind"}}}
+	for name, test := range map[string]struct {
+		spec *specs.Spec
+		is   func(error) bool
+		text string
+	}{
+		"no executable": {specOf("nope"), errdefs.IsNotFound, `exec: "nope": executable file not found in $PATH`},
+		"with terminal": {tty, errdefs.IsNotFound, `exec: "nope": executable file not found in $PATH`},
+		"no path":       {specOf("/nope"), errdefs.IsNotFound, "/nope"},
+		"no source":     {nowhere, func(err error) bool { return !errdefs.IsFailedPrecondition(err) }, "/does not exist"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, _ := create(t, ctx, c, "bad", test.spec, &agent.CreateRequest{})
+			if _, err := s.Update(ctx, &agent.UpdateRequest{Id: "bad", Resources: []byte("{}")}); err != nil {
+				t.Errorf("update: %v", err)
+			}
+			_, err := s.Start(ctx, &agent.StartRequest{Id: "bad"})
+			if err == nil || !test.is(err) || !strings.Contains(err.Error(), test.text) {
+				t.Errorf("got %v", err)
+			}
+			if e := r.wait(); e.ExitCode != 128 || e.StartedNs != 0 || e.FinishedNs == 0 {
+				t.Errorf("got %v", e)
+			}
+			r.logs() // they end; what is in them is crun's
+			r.remove()
+		})
+	}
+	// One that is never started can be killed and removed.
+	r, _ := create(t, ctx, c, "bad", specOf("nope"), &agent.CreateRequest{})
+	if _, err := s.Signal(ctx, &agent.SignalRequest{Id: "bad", Signal: 9, All: true}); err != nil {
+		t.Error(err)
+	}
+	r.wait()
+	r.remove()
+	r, _ = create(t, ctx, c, "bad", specOf("nope"), &agent.CreateRequest{})
 	r.remove()
 }
 

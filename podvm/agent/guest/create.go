@@ -173,6 +173,11 @@ func (c *container) spawn(ctx context.Context, stdin, tty bool) (err error) {
 		return c.a.crun(ctx, nil, "delete", "--force", c.id)
 	})
 	c.proc, err = c.a.spawn(ctx, c.dir, tty, c.io, []string{"create", "--no-new-keyring", "--bundle=" + c.dir}, []string{c.id})
+	var refused refusal
+	if errors.As(err, &refused) {
+		c.failed, c.proc = newFailure(refused)
+		return nil
+	}
 	return err
 }
 

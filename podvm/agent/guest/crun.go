@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -94,8 +95,33 @@ func crunError(command string, log io.Reader, e exit) error {
 	if message == "" {
 		return fmt.Errorf("crun %s ended with code %d without a word", command, e.code())
 	}
-	return kindOf(message)
+	return refusal{kindOf(message)}
 }
+
+// failure stands for a container's process that crun could not make. It is told when the container is
+// started, as other runtimes do: to the kubelet a container that can't be created is yet to come, and
+// one that could not be started has ended.
+type failure struct {
+	err error
+	// end is the end of the process that never was.
+	end func()
+}
+
+// failedCode is the exit code of such a process, as containerd has it.
+const failedCode = 128
+
+func newFailure(err error) (*failure, spawned) {
+	if errdefs.IsFailedPrecondition(err) { // which at a start means that there was one before
+		err = errors.New(err.Error())
+	}
+	ended := make(chan exit, 1)
+	return &failure{err, sync.OnceFunc(func() { ended <- exit{failedCode << 8} })}, spawned{ended: ended}
+}
+
+// refusal is an error of crun's own, not of what it takes to run it.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error { return r.error }
 
 // logPrefix is a time that crun may write before its message.
 var logPrefix = regexp.MustCompile(`^\S*\d\d:\d\d:\d\d\S* |^time="[^"]*" level=\S+ msg=`)
