@@ -3,6 +3,7 @@ package e2e
 import (
 	"archive/tar"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -31,6 +32,9 @@ func testImages(t *testing.T, d *harness.Daemon) {
 	fs, err := service.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
 	if err != nil || len(fs.ImageFilesystems) == 0 || fs.ImageFilesystems[0].UsedBytes.Value == 0 {
 		t.Errorf("got %v, %v", fs, err)
+	}
+	if len(fs.ContainerFilesystems) == 0 || filepath.Base(fs.ContainerFilesystems[0].FsId.Mountpoint) != "pods" { // not what else the daemon keeps
+		t.Errorf("containers: %v", fs.ContainerFilesystems)
 	}
 	auth := &runtimeapi.AuthConfig{Username: harness.User, Password: harness.Password}
 	private := d.Registries.PrivateImage()

@@ -112,19 +112,19 @@ func (s *imageService) RemoveImage(ctx context.Context, r *cri.RemoveImageReques
 	return &cri.RemoveImageResponse{}, ignoreNotFound(s.o.Images.Remove(ctx, ref))
 }
 
-// ImageFsInfo tells what images, and the disks of pods, take on their file systems.
+// ImageFsInfo tells what images, and pods' own files, take on their file systems.
 func (s *imageService) ImageFsInfo(context.Context, *cri.ImageFsInfoRequest) (*cri.ImageFsInfoResponse, error) {
 	images, err := s.o.Images.Usage()
 	if err != nil {
 		return nil, fmt.Errorf("usage of images: %w", err)
 	}
-	bytes, inodes, err := diskUsage(s.o.Root)
+	own, removed, err := podUsage(s.o.Root)
 	if err != nil {
 		return nil, fmt.Errorf("usage of pods: %w", err)
 	}
 	return &cri.ImageFsInfoResponse{
-		ImageFilesystems:     []*cri.FilesystemUsage{filesystem(images.Path, uint64(images.Bytes), uint64(images.Inodes))},
-		ContainerFilesystems: []*cri.FilesystemUsage{filesystem(s.o.Root, bytes, inodes)},
+		ImageFilesystems:     []*cri.FilesystemUsage{filesystem(images.Path, images.Bytes+removed.bytes, images.Inodes+removed.inodes)},
+		ContainerFilesystems: []*cri.FilesystemUsage{filesystem(s.o.Root, own.bytes, own.inodes)},
 	}, nil
 }
 
@@ -137,11 +137,20 @@ func filesystem(path string, bytes, inodes uint64) *cri.FilesystemUsage {
 	}
 }
 
-// diskUsage counts what the files below a folder really take on the disk. Files with a second name
-// elsewhere are images, which are counted where they are stored. A folder or file that is missing
-// takes nothing: pods come and go meanwhile.
-func diskUsage(folder string) (bytes, inodes uint64, err error) {
-	err = filepath.WalkDir(folder, func(_ string, d fs.DirEntry, err error) error {
+// usage is what files really take on a disk.
+type usage struct{ bytes, inodes uint64 }
+
+func (u *usage) add(st *syscall.Stat_t) {
+	u.bytes += uint64(st.Blocks) * 512
+	u.inodes++
+}
+
+// podUsage counts the files below the folder of pods, each once: the pods' own, and those of images
+// that were removed from the store and live on by the links of pods. Those of other images are counted
+// in the store. What is missing takes nothing: pods come and go meanwhile.
+func podUsage(folder string) (own, removed usage, err error) {
+	links := map[uint64]uint64{} // of images, by inode: how many are here
+	err = filepath.WalkDir(folder, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return ignoreGone(err)
 		}
@@ -149,13 +158,19 @@ func diskUsage(folder string) (bytes, inodes uint64, err error) {
 		if err != nil {
 			return ignoreGone(err)
 		}
-		if st, ok := info.Sys().(*syscall.Stat_t); ok && (d.IsDir() || st.Nlink == 1) {
-			bytes += uint64(st.Blocks) * 512
-			inodes++
+		st, ok := info.Sys().(*syscall.Stat_t)
+		switch {
+		case !ok:
+		case !info.Mode().IsRegular() || filepath.Ext(path) != ".erofs":
+			own.add(st)
+		default:
+			if links[st.Ino]++; links[st.Ino] == uint64(st.Nlink) {
+				removed.add(st)
+			}
 		}
 		return nil
 	})
-	return bytes, inodes, err
+	return own, removed, err
 }
 
 func ignoreGone(err error) error {

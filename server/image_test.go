@@ -1,6 +1,7 @@
 package server
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -86,19 +87,23 @@ func TestImageFsInfo(t *testing.T) {
 	if err := os.WriteFile(image, block, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Link(image, filepath.Join(root, "pod", "lease.erofs")); err != nil { // counted with the images
+	if err := os.Link(image, filepath.Join(root, "pod", "lease.erofs")); err != nil { // counted in the store
+		t.Fatal(err)
+	}
+	gone := filepath.Join(root, "pod", "gone.erofs") // no longer in the store: an image still, and one for two pods
+	if err := errors.Join(os.WriteFile(gone, block[:8<<10], 0o600), os.Mkdir(filepath.Join(root, "other"), 0o700), os.Link(gone, filepath.Join(root, "other", "gone.erofs"))); err != nil {
 		t.Fatal(err)
 	}
 	r := must(cri.NewImageServiceClient(d.conn).ImageFsInfo(t.Context(), &cri.ImageFsInfoRequest{}))(t)
 	images, pods := r.GetImageFilesystems()[0], r.GetContainerFilesystems()[0]
-	if images.GetFsId().GetMountpoint() != "/images" || images.GetUsedBytes().GetValue() != 4096 || images.GetInodesUsed().GetValue() != 2 || images.GetTimestamp() == 0 {
+	if images.GetFsId().GetMountpoint() != "/images" || images.GetUsedBytes().GetValue() != 4096+(8<<10) || images.GetInodesUsed().GetValue() != 3 || images.GetTimestamp() == 0 {
 		t.Errorf("images: %v", images)
 	}
 	used := pods.GetUsedBytes().GetValue()
-	if pods.GetFsId().GetMountpoint() != root || used < 64<<10 || used > 100<<10 || pods.GetInodesUsed().GetValue() != 3 {
+	if pods.GetFsId().GetMountpoint() != root || used < 64<<10 || used > 100<<10 || pods.GetInodesUsed().GetValue() != 4 {
 		t.Errorf("pods: %v", pods)
 	}
-	if _, _, err := diskUsage(filepath.Join(root, "absent")); err != nil {
+	if _, _, err := podUsage(filepath.Join(root, "absent")); err != nil {
 		t.Errorf("a folder that is missing: %v", err)
 	}
 }

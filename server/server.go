@@ -22,7 +22,7 @@ type Options struct {
 	// Runtime and Network say why pods can't run, or can't be connected; nil when all is well. Each
 	// may be nil itself.
 	Runtime, Network func(ctx context.Context) error
-	// Root is the folder of the pods' disks, for ImageFsInfo and the stats of writable layers.
+	// Root is the folder of the pods, and of nothing else, for ImageFsInfo and the stats of writable layers.
 	Root string
 	// Version of the daemon.
 	Version string
