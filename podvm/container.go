@@ -353,15 +353,19 @@ func (c *Container) update(ctx context.Context, change Resources) error {
 	return nil
 }
 
-// merge is r with what is set in the change.
+// merge is r with what is set in the change, but for the score of the OOM killer, which a process has
+// from its start. A limit of memory alone says of swap that there is none, as at the creation: what was
+// there before may be less than the memory now.
 func (r Resources) merge(change Resources) Resources {
+	if change.Memory != 0 {
+		r.MemorySwap = 0
+	}
 	for _, f := range []struct{ to, from *int64 }{
 		{&r.CPUPeriod, &change.CPUPeriod},
 		{&r.CPUQuota, &change.CPUQuota},
 		{&r.CPUShares, &change.CPUShares},
 		{&r.Memory, &change.Memory},
 		{&r.MemorySwap, &change.MemorySwap},
-		{&r.OOMScoreAdj, &change.OOMScoreAdj},
 	} {
 		if *f.from != 0 {
 			*f.to = *f.from

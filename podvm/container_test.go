@@ -1,6 +1,7 @@
 package podvm
 
 import (
+	"reflect"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -17,6 +18,32 @@ func TestMergeResources(t *testing.T) {
 	}
 	if old.Unified["memory.high"] != "2" || len(old.HugepageLimits) != 1 {
 		t.Error("merging changed the old limits")
+	}
+}
+
+// TestMergeMemory: an update of memory alone leaves no swap, as in containerd, whatever there was.
+func TestMergeMemory(t *testing.T) {
+	old := Resources{Memory: 64, MemorySwap: 64, OOMScoreAdj: 5}
+	for name, c := range map[string]struct {
+		change, want Resources
+		swap         int64 // of the guest's cgroup, with memory
+	}{
+		"up":             {Resources{Memory: 128}, Resources{Memory: 128, OOMScoreAdj: 5}, 128},
+		"down":           {Resources{Memory: 32}, Resources{Memory: 32, OOMScoreAdj: 5}, 32},
+		"lifted":         {Resources{Memory: -1}, Resources{Memory: -1, OOMScoreAdj: 5}, -1},
+		"both":           {Resources{Memory: 128, MemorySwap: 256}, Resources{Memory: 128, MemorySwap: 256, OOMScoreAdj: 5}, 256},
+		"swap":           {Resources{MemorySwap: 100}, Resources{Memory: 64, MemorySwap: 100, OOMScoreAdj: 5}, 100},
+		"neither":        {Resources{CPUShares: 2}, Resources{Memory: 64, MemorySwap: 64, CPUShares: 2, OOMScoreAdj: 5}, 64},
+		"OOM score kept": {Resources{OOMScoreAdj: 900}, old, 64},
+	} {
+		got := old.merge(c.change)
+		l, err := resources(got)
+		if !reflect.DeepEqual(got, c.want) || err != nil || *l.Memory.Swap != c.swap {
+			t.Errorf("%s: got %+v, %+v, %v", name, got, l, err)
+		}
+	}
+	if _, err := resources(old.merge(Resources{MemorySwap: 32})); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("less swap than memory: %v", err)
 	}
 }
 
