@@ -1,6 +1,7 @@
 package podvm
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -91,10 +92,10 @@ type Mount struct {
 	ReadOnly, RecursiveReadOnly bool
 	// Propagation: "private", "rslave" (HostToContainer), "rshared" (Bidirectional).
 	Propagation string
-	// SELinuxRelabel asks for a label on the content.
+	// SELinuxRelabel asks for a label on the content, which no kernel of a guest has a use for.
 	SELinuxRelabel bool
-	// UIDs and GIDs map owners for user namespaces.
-	UIDs, GIDs []IDMap
+	// UIDs and GIDs are in the records of earlier daemons, and not used.
+	UIDs, GIDs []IDMap `json:",omitempty"`
 }
 
 // IDMap maps a range of ids of a user namespace.
@@ -120,8 +121,8 @@ type Security struct {
 	MaskedPaths       []string
 	ReadonlyPaths     []string
 	Seccomp, AppArmor Profile
-	SELinux           *SELinux
-	PIDMode           string // "pod", "container", "node", "target"
+	SELinux           json.RawMessage `json:",omitempty"` // in the records of earlier daemons, and not used
+	PIDMode           string          // "pod", "container", "node", "target"
 	TargetContainer   string
 	UserNamespace     bool // mode POD: map ids by UIDs and GIDs
 	UIDs, GIDs        []IDMap
@@ -142,9 +143,6 @@ type Profile struct {
 	// Localhost is the path (seccomp) or name (AppArmor) of a local profile.
 	Localhost string
 }
-
-// SELinux are the options of a label.
-type SELinux struct{ User, Role, Type, Level string }
 
 // Resources are the limits of a container or a pod. Zero means no limit.
 type Resources struct {

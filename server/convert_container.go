@@ -153,12 +153,8 @@ func mount(c *cri.Mount, find lookup) (podvm.Mount, error) {
 	if len(c.GetMountOptions()) > 0 {
 		return m, fmt.Errorf("mount options %q are not supported: %w", c.GetMountOptions(), errdefs.ErrNotImplemented)
 	}
-	var err error
-	if m.UIDs, err = idMaps(c.GetUidMappings()); err != nil {
-		return m, err
-	}
-	if m.GIDs, err = idMaps(c.GetGidMappings()); err != nil {
-		return m, err
+	if len(c.GetUidMappings())+len(c.GetGidMappings()) > 0 {
+		return m, fmt.Errorf("mapped owners are of pods with a user namespace, which are not supported yet; leave hostUsers unset: %w", errdefs.ErrNotImplemented)
 	}
 	if c.GetImage().GetImage() == "" {
 		return m, checkAbs("host path", m.HostPath)

@@ -1,10 +1,12 @@
 package server
 
 import (
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/moby/sys/capability"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -35,7 +37,9 @@ func podSecurity(p *podvm.PodConfig, sc *cri.LinuxSandboxSecurityContext) error 
 	s := podvm.Security{
 		Privileged:     sc.GetPrivileged(),
 		ReadOnlyRootfs: sc.GetReadonlyRootfs(),
-		SELinux:        selinux(sc.GetSelinuxOptions()),
+	}
+	if err := checkSELinux(sc.GetSelinuxOptions()); err != nil {
+		return err
 	}
 	if s.PIDMode, err = pidMode(ns.GetPid()); err != nil {
 		return err
@@ -70,8 +74,13 @@ func containerSecurity(sc *cri.LinuxContainerSecurityContext) (podvm.Security, e
 		NoNewPrivs:      sc.GetNoNewPrivs(),
 		MaskedPaths:     sc.GetMaskedPaths(),
 		ReadonlyPaths:   sc.GetReadonlyPaths(),
-		SELinux:         selinux(sc.GetSelinuxOptions()),
 		TargetContainer: ns.GetTargetId(),
+	}
+	if err := checkSELinux(sc.GetSelinuxOptions()); err != nil {
+		return s, err
+	}
+	if err := podNamespaces(ns); err != nil {
+		return s, err
 	}
 	for _, p := range slices.Concat(s.MaskedPaths, s.ReadonlyPaths) {
 		if err := checkAbs("masked or read-only path", p); err != nil {
@@ -120,6 +129,23 @@ func hostNamespace(what string, m cri.NamespaceMode) (bool, error) {
 		return true, nil
 	}
 	return false, invalid("%s namespace: mode %s; want POD or NODE", what, m)
+}
+
+// podNamespaces: a container has its pod's network and IPC, and pods with the node's are refused.
+func podNamespaces(ns *cri.NamespaceOption) error {
+	for _, n := range []struct {
+		what string
+		mode cri.NamespaceMode
+	}{{"network", ns.GetNetwork()}, {"ipc", ns.GetIpc()}} {
+		node, err := hostNamespace(n.what, n.mode)
+		if err != nil {
+			return err
+		}
+		if node {
+			return invalid("%s namespace: mode NODE in a pod that is a VM; give the container its pod's, POD", n.what)
+		}
+	}
+	return nil
 }
 
 func pidMode(m cri.NamespaceMode) (string, error) {
@@ -283,9 +309,15 @@ func parseProfile(what, s string) (podvm.Profile, error) {
 	return podvm.Profile{}, invalid("%s profile %q: want runtime/default, unconfined or localhost/...", what, s)
 }
 
-func selinux(o *cri.SELinuxOption) *podvm.SELinux {
-	if o == nil {
+// unconfinedType is the SELinux type that asks for no confinement.
+const unconfinedType = "spc_t"
+
+// checkSELinux refuses labels. A guest's kernel knows none, and what they keep apart, containers on one
+// kernel, VMs do.
+func checkSELinux(o *cri.SELinuxOption) error {
+	if o.GetType() == unconfinedType || o.GetUser() == "" && o.GetRole() == "" && o.GetType() == "" && o.GetLevel() == "" {
 		return nil
 	}
-	return &podvm.SELinux{User: o.GetUser(), Role: o.GetRole(), Type: o.GetType(), Level: o.GetLevel()}
+	return fmt.Errorf("SELinux label %s:%s:%s:%s: a pod in a VM has a kernel of its own, without SELinux; leave seLinuxOptions unset, or use another RuntimeClass: %w",
+		o.GetUser(), o.GetRole(), o.GetType(), o.GetLevel(), errdefs.ErrNotImplemented)
 }

@@ -176,7 +176,6 @@ func criMounts(list []podvm.Mount) []*cri.Mount {
 		c := &cri.Mount{
 			HostPath: m.HostPath, ContainerPath: m.ContainerPath, ImageSubPath: m.SubPath,
 			Readonly: m.ReadOnly, RecursiveReadOnly: m.RecursiveReadOnly, SelinuxRelabel: m.SELinuxRelabel,
-			UidMappings: criIDMaps(m.UIDs), GidMappings: criIDMaps(m.GIDs),
 		}
 		if m.Image != "" {
 			c.Image = &cri.ImageSpec{Image: m.Image}

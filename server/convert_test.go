@@ -210,7 +210,7 @@ func fullContainer() *cri.ContainerConfig {
 				SupplementalGroupsPolicy: cri.SupplementalGroupsPolicy_Strict,
 				ReadonlyRootfs:           true, NoNewPrivs: true,
 				MaskedPaths: []string{"/proc/kcore"}, ReadonlyPaths: []string{"/proc/sys"},
-				SelinuxOptions: &cri.SELinuxOption{Level: "s0:c1,c2"},
+				SelinuxOptions: &cri.SELinuxOption{},
 				Apparmor:       &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost, LocalhostRef: "localhost/mine"},
 			},
 		},
@@ -244,7 +244,7 @@ func TestContainerConfig(t *testing.T) {
 			ReadOnlyRootfs: true, NoNewPrivs: true,
 			MaskedPaths: []string{"/proc/kcore"}, ReadonlyPaths: []string{"/proc/sys"},
 			Seccomp: podvm.Profile{Type: "unconfined"}, AppArmor: podvm.Profile{Type: "localhost", Localhost: "mine"},
-			SELinux: &podvm.SELinux{Level: "s0:c1,c2"}, PIDMode: "target", TargetContainer: "c1",
+			PIDMode: "target", TargetContainer: "c1",
 		},
 		StopSignal: "SIGQUIT", // the image's
 	}
@@ -282,6 +282,8 @@ func TestContainerConfigRefuses(t *testing.T) {
 		}, errdefs.IsInvalidArgument, "recursive_read_only"},
 		"unknown propagation": {func(c *cri.ContainerConfig) { c.Mounts[0].Propagation = 8 }, errdefs.IsInvalidArgument, "propagation"},
 		"mount options":       {func(c *cri.ContainerConfig) { c.Mounts[0].MountOptions = []string{"noexec"} }, errdefs.IsNotImplemented, "noexec"},
+		"mapped owners":       {func(c *cri.ContainerConfig) { c.Mounts[0].UidMappings = []*cri.IDMapping{{Length: 1}} }, errdefs.IsNotImplemented, "hostUsers"},
+		"mapped groups":       {func(c *cri.ContainerConfig) { c.Mounts[0].GidMappings = []*cri.IDMapping{{Length: 1}} }, errdefs.IsNotImplemented, "hostUsers"},
 		"CDI":                 {func(c *cri.ContainerConfig) { c.CDIDevices = []*cri.CDIDevice{{Name: "v/gpu=0"}} }, errdefs.IsNotImplemented, "v/gpu=0"},
 		"relative device":     {func(c *cri.ContainerConfig) { c.Devices[0].HostPath = "fuse" }, errdefs.IsInvalidArgument, "device"},
 		"device permissions":  {func(c *cri.ContainerConfig) { c.Devices[0].Permissions = "rx" }, errdefs.IsInvalidArgument, "permissions"},
@@ -298,6 +300,11 @@ func TestContainerConfigRefuses(t *testing.T) {
 			c.Linux.Resources.Unified = map[string]string{"cgroup.procs": "1"}
 		}, errdefs.IsInvalidArgument, "unified"},
 		"capability":      {func(c *cri.ContainerConfig) { sc(c).Capabilities.AddCapabilities = []string{"FLY"} }, errdefs.IsInvalidArgument, "FLY"},
+		"SELinux level":   {func(c *cri.ContainerConfig) { sc(c).SelinuxOptions.Level = "s0:c1,c2" }, errdefs.IsNotImplemented, "s0:c1,c2"},
+		"SELinux type":    {func(c *cri.ContainerConfig) { sc(c).SelinuxOptions.Type = "container_t" }, errdefs.IsNotImplemented, "container_t"},
+		"node's network":  {func(c *cri.ContainerConfig) { sc(c).NamespaceOptions.Network = cri.NamespaceMode_NODE }, errdefs.IsInvalidArgument, "network namespace"},
+		"node's ipc":      {func(c *cri.ContainerConfig) { sc(c).NamespaceOptions.Ipc = cri.NamespaceMode_NODE }, errdefs.IsInvalidArgument, "ipc namespace"},
+		"own network":     {func(c *cri.ContainerConfig) { sc(c).NamespaceOptions.Network = cri.NamespaceMode_CONTAINER }, errdefs.IsInvalidArgument, "network namespace"},
 		"no target":       {func(c *cri.ContainerConfig) { sc(c).NamespaceOptions.TargetId = "" }, errdefs.IsInvalidArgument, "target_id"},
 		"group alone":     {func(c *cri.ContainerConfig) { sc(c).RunAsUsername = ""; sc(c).RunAsGroup = &cri.Int64Value{} }, errdefs.IsInvalidArgument, "run_as_group"},
 		"groups":          {func(c *cri.ContainerConfig) { sc(c).SupplementalGroups = []int64{-1} }, errdefs.IsInvalidArgument, "group id"},
@@ -313,6 +320,20 @@ func TestContainerConfigRefuses(t *testing.T) {
 				t.Errorf("got %v; want another kind, with %q", err, tc.says)
 			}
 		})
+	}
+}
+
+// TestSELinux: labels are refused for pods, too; what asks for no confinement gets it.
+func TestSELinux(t *testing.T) {
+	p := fullPod()
+	p.Linux.SecurityContext.SelinuxOptions = &cri.SELinuxOption{Role: "system_r"}
+	if _, err := podConfig(p, ""); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "seLinuxOptions") {
+		t.Errorf("got %v", err)
+	}
+	for _, o := range []*cri.SELinuxOption{nil, {}, {Type: "spc_t", Level: "s0"}} {
+		if err := checkSELinux(o); err != nil {
+			t.Errorf("%v: %v", o, err)
+		}
 	}
 }
 
