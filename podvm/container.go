@@ -330,7 +330,8 @@ func (c *Container) update(ctx context.Context, change Resources) error {
 	if err != nil {
 		return err
 	}
-	merged := c.record.now().Config.Resources.merge(change)
+	before := c.record.now().Config.Resources
+	merged := before.merge(change)
 	data, err := linuxResources(merged)
 	if err != nil {
 		return err
@@ -349,6 +350,7 @@ func (c *Container) update(ctx context.Context, change Resources) error {
 	if err := c.pod.resize(ctx, size); err != nil { // what it gives back
 		return err
 	}
+	warnPinned(c.id, before, merged)
 	c.pod.note("record a container's resources", c.record.set(func(r *containerRecord) { r.Config.Resources = merged }))
 	return nil
 }

@@ -91,6 +91,7 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 		return nil, err
 	}
 	u.Release()
+	warnPinned(c.id, Resources{}, config.Resources)
 	c.followOutput()
 	p.add(c)
 	n.catchUp()

@@ -1,8 +1,10 @@
 package podvm
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -201,6 +203,31 @@ func TestUpdateContainer(t *testing.T) {
 	c, err := n.Manager.Container(c.ID())
 	if err != nil || c.Status().Config.Resources.CPUQuota != 150_000 {
 		t.Errorf("after a restart: %v", err)
+	}
+}
+
+// TestCPUSet: the numbers of the node's CPUs do not reach the guest, and the log says so once.
+func TestCPUSet(t *testing.T) {
+	var log bytes.Buffer
+	old := slog.Default()
+	slog.SetDefault(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	defer slog.SetDefault(old)
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	atOnce, later := containerConfig("at-once"), containerConfig("later")
+	atOnce.Resources.CPUSetCPUs = "2-3"
+	for _, c := range []*Container{n.running(p, atOnce), n.running(p, later)} {
+		for _, set := range []string{"4", "5"} {
+			if err := c.Update(soon(t), Resources{CPUSetCPUs: set, CPUSetMems: "0", CPUShares: 512}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if data := n.agentOf(p.ID()).container(c.ID()).update; strings.Contains(string(data), "cpus") || strings.Contains(string(data), "mems") {
+			t.Errorf("the guest was told %s", data)
+		}
+		if got := strings.Count(log.String(), c.ID()); got != 1 {
+			t.Errorf("told %d times:\n%s", got, log.String())
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package podvm
 import (
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"path"
 	"strings"
 
@@ -195,6 +196,17 @@ func (r Resources) inGuest() Resources {
 	}
 	r.HugepageLimits = huge
 	return r
+}
+
+// pinned tells whether CPUs or memory of the node are asked for by their numbers.
+func (r Resources) pinned() bool { return r.CPUSetCPUs != "" || r.CPUSetMems != "" }
+
+// warnPinned says once of a container that such numbers have no effect: when it first has some.
+func warnPinned(container string, before, after Resources) {
+	if after.pinned() && !before.pinned() {
+		slog.Warn("cpuset has no effect in a VM, whose vCPUs run on all CPUs of the pod's cgroup",
+			"container", container, "cpus", after.CPUSetCPUs, "mems", after.CPUSetMems)
+	}
 }
 
 // linuxResources is what the agent's Update takes.

@@ -70,13 +70,12 @@ func resources(r *cri.LinuxContainerResources) (podvm.Resources, error) {
 	return res, nil
 }
 
-// criResources is the way back, for ContainerStatus.
+// criResources is the way back, for ContainerStatus: what holds, and so no cpuset.
 func criResources(r podvm.Resources) *cri.LinuxContainerResources {
 	c := &cri.LinuxContainerResources{
 		CpuPeriod: r.CPUPeriod, CpuQuota: r.CPUQuota, CpuShares: r.CPUShares,
 		MemoryLimitInBytes: r.Memory, MemorySwapLimitInBytes: r.MemorySwap,
-		OomScoreAdj: r.OOMScoreAdj, CpusetCpus: r.CPUSetCPUs, CpusetMems: r.CPUSetMems,
-		Unified: r.Unified,
+		OomScoreAdj: r.OOMScoreAdj, Unified: r.Unified,
 	}
 	for size, limit := range r.HugepageLimits {
 		c.HugepageLimits = append(c.HugepageLimits, &cri.HugepageLimit{PageSize: size, Limit: limit})

@@ -135,7 +135,7 @@ func checkContainerStatus(t *testing.T, r *cri.ContainerStatusResponse) {
 	if s.GetState() != cri.ContainerState_CONTAINER_RUNNING || s.GetStartedAt() == 0 || s.GetFinishedAt() != 0 || s.GetImageId() != busyboxID ||
 		s.GetImage().GetImage() != "busybox:1" || s.GetLogPath() != "/var/log/pods/shop_web-0_7d0c/nginx/3.log" ||
 		s.GetStopSignal() != cri.Signal_SIGNAL_SIGQUIT || s.GetUser().GetLinux().GetUid() != 1000 ||
-		s.GetResources().GetLinux().GetMemoryLimitInBytes() != 1<<26 || len(s.GetMounts()) != 2 {
+		s.GetResources().GetLinux().GetMemoryLimitInBytes() != 1<<26 || s.GetResources().GetLinux().GetCpusetCpus() != "" || len(s.GetMounts()) != 2 {
 		t.Errorf("container: %v", s)
 	}
 	if !strings.Contains(r.GetInfo()["info"], `"sandboxID"`) {
