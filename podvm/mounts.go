@@ -56,7 +56,7 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 		return to, nil
 	}
 	if m.Propagation == "rshared" {
-		return nil, fmt.Errorf("propagation Bidirectional: what is mounted in a VM can't appear on the node: %w", errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("propagation Bidirectional: what is mounted in a VM can't appear on the node; use None or HostToContainer, or %s: %w", elsewhere, errdefs.ErrNotImplemented)
 	}
 	if !filepath.IsAbs(m.HostPath) {
 		return nil, fmt.Errorf("host path %q: want an absolute path: %w", m.HostPath, errdefs.ErrInvalidArgument)
@@ -69,7 +69,7 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 	case info.Mode().IsRegular():
 		return to, n.copyFile(to, path, info, m.ReadOnly)
 	case !info.IsDir():
-		return nil, fmt.Errorf("%s is a %s, and neither a file nor a directory: %w", path, kindOf(info.Mode()), errdefs.ErrNotImplemented)
+		return nil, special(path, info.Mode())
 	case match != nil && match[1] == "empty-dir":
 		return to, emptyDir(to, path, match[2], match[3], info)
 	case match != nil && match[3] == "":
@@ -78,17 +78,23 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 	return to, n.share(ctx, to, path, m.ReadOnly)
 }
 
-// kindOf names what a path leads to, for those who read errors.
-func kindOf(m fs.FileMode) string {
+// elsewhere is what is left to do about what no VM can have.
+const elsewhere = "run the pod on a node with another runtime"
+
+// special is the error of a path that is neither a file nor a directory.
+func special(path string, m fs.FileMode) error {
+	kind, instead := m.Type().String(), ""
 	switch {
 	case m&fs.ModeSocket != 0:
-		return "socket"
+		kind, instead = "socket", "connect over the network, or "
 	case m&fs.ModeNamedPipe != 0:
-		return "named pipe"
+		kind = "named pipe"
+	case m&fs.ModeCharDevice != 0:
+		kind = "character device"
 	case m&fs.ModeDevice != 0:
-		return "device"
+		kind, instead = "block device", "use a volume of volumeMode Block and volumeDevices, or "
 	}
-	return m.Type().String()
+	return fmt.Errorf("%s is a %s, whose other end is the node's kernel and not the pod's; %s%s: %w", path, kind, instead, elsewhere, errdefs.ErrNotImplemented)
 }
 
 func mountOptions(m Mount) []string {
@@ -157,6 +163,9 @@ func emptyDir(to *agent.Mount, path, name, sub string, info fs.FileInfo) error {
 	if err := errors.Join(unix.Statfs(root, &file), unix.Statfs(filepath.Dir(root), &parent)); err != nil {
 		return fmt.Errorf("emptyDir %s: %w", name, err)
 	}
+	if file.Type == unix.HUGETLBFS_MAGIC {
+		return fmt.Errorf("emptyDir %s of medium HugePages: a guest has no huge pages set aside; use medium Memory, or %s: %w", name, elsewhere, errdefs.ErrNotImplemented)
+	}
 	if file.Type == unix.TMPFS_MAGIC && file.Fsid != parent.Fsid {
 		e.Memory, e.Size = true, int64(file.Blocks)*file.Bsize
 	}
@@ -167,7 +176,7 @@ func emptyDir(to *agent.Mount, path, name, sub string, info fs.FileInfo) error {
 // share has a directory of the host served to the guest.
 func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, readOnly bool) error {
 	if n.m.o.Shares == nil {
-		return fmt.Errorf("host directory %s: only emptyDir, configMap, secret, projected and downwardAPI volumes, image volumes and single files reach a pod in a VM yet: %w", path, errdefs.ErrNotImplemented)
+		return fmt.Errorf("host directory %s: only emptyDir, configMap, secret, projected and downwardAPI volumes, image volumes and single files reach a pod in a VM yet; use one of these, or %s: %w", path, elsewhere, errdefs.ErrNotImplemented)
 	}
 	d := SharedDir{Tag: setName(fmt.Sprint(path, " ", readOnly)), Path: path, ReadOnly: readOnly}
 	if err := n.serve(ctx, d); err != nil {
@@ -210,7 +219,7 @@ func (n *newContainer) device(ctx context.Context, d Device) (*agent.Mount, erro
 		return nil, err
 	}
 	if info.Mode()&fs.ModeDevice == 0 || info.Mode()&fs.ModeCharDevice != 0 {
-		return nil, fmt.Errorf("only block devices reach a pod in a VM: %w", errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("only block devices of the node reach a pod in a VM; leave this one out (a privileged container has the guest's own), or %s: %w", elsewhere, errdefs.ErrNotImplemented)
 	}
 	to := &agent.Mount{Destination: d.ContainerPath}
 	disk := vmm.Disk{Path: path, ReadOnly: !strings.Contains(d.Permissions, "w")}

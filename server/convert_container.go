@@ -39,7 +39,7 @@ func containerConfig(c *cri.ContainerConfig, find lookup) (podvm.ContainerConfig
 		return p, err
 	}
 	if len(c.GetCDIDevices()) > 0 {
-		return p, fmt.Errorf("CDI device %q: devices can't be passed into a VM: %w", c.GetCDIDevices()[0].GetName(), errdefs.ErrNotImplemented)
+		return p, fmt.Errorf("CDI device %q: the node's devices don't reach a pod in a VM; leave out the claim or resource that brings it, or run the pod on a node with another runtime: %w", c.GetCDIDevices()[0].GetName(), errdefs.ErrNotImplemented)
 	}
 	if err := containerImage(&p, c, find); err != nil {
 		return p, err

@@ -318,6 +318,6 @@ func checkSELinux(o *cri.SELinuxOption) error {
 	if o.GetType() == unconfinedType || o.GetUser() == "" && o.GetRole() == "" && o.GetType() == "" && o.GetLevel() == "" {
 		return nil
 	}
-	return fmt.Errorf("SELinux label %s:%s:%s:%s: a pod in a VM has a kernel of its own, without SELinux; leave seLinuxOptions unset, or use another RuntimeClass: %w",
+	return fmt.Errorf("SELinux label %s:%s:%s:%s: a pod in a VM has a kernel of its own, without SELinux; leave seLinuxOptions unset, or run the pod on a node with another runtime: %w",
 		o.GetUser(), o.GetRole(), o.GetType(), o.GetLevel(), errdefs.ErrNotImplemented)
 }
