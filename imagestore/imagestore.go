@@ -37,7 +37,8 @@ type Image struct {
 type Auth struct {
 	Username, Password string
 	// Auth is base64 of "username:password".
-	Auth          string
+	Auth string
+	// ServerAddress is the registry that they are for, also as a URL; no other is given them. "": any.
 	ServerAddress string
 	IdentityToken string
 	RegistryToken string

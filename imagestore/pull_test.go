@@ -203,6 +203,21 @@ func TestNotThere(t *testing.T) {
 	}
 }
 
+func TestAuthIsFor(t *testing.T) {
+	for _, c := range []struct {
+		address, registry string
+		want              bool
+	}{
+		{"", "quay.io", true}, {"quay.io", "quay.io", true}, {"https://Quay.io/v2/", "quay.io", true}, {"quay.io", "quay.io:443", false},
+		{"https://index.docker.io/v1/", "docker.io", true}, {"docker.io", "docker.io", true}, {"registry-1.docker.io", "docker.io", true},
+		{"docker.io", "quay.io", false}, {"evil.quay.io", "quay.io", false}, {"https://quay.io@evil.io/", "quay.io", false}, {"r:5000", "r:5000", true}, {"r:5000", "r:5001", false},
+	} {
+		if got := (&Auth{ServerAddress: c.address}).isFor(c.registry); got != c.want {
+			t.Errorf("credentials of %q for %s: %t", c.address, c.registry, got)
+		}
+	}
+}
+
 func TestAuth(t *testing.T) {
 	r, s := newTestRegistry(t), newStore(t)
 	r.push("private", small("secret"))
@@ -224,7 +239,20 @@ func TestAuth(t *testing.T) {
 	if _, err := s.Pull(t.Context(), ref, &Auth{Auth: "%"}); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("not base64: %v", err)
 	}
-	for name, auth := range map[string]*Auth{"password": {Username: "me", Password: "right"}, "auth": {Auth: "bWU6cmlnaHQ="}} {
+	asked := r.blobs.Load()
+	for name, auth := range map[string]*Auth{
+		"password for another": {Username: "me", Password: "right", ServerAddress: "https://index.docker.io/v1/"},
+		"auth for another":     {Auth: "bWU6cmlnaHQ=", ServerAddress: "127.0.0.1"},
+		"token for another":    {RegistryToken: "right", ServerAddress: "quay.io"},
+	} {
+		if _, err := s.Pull(t.Context(), ref, auth); !errdefs.IsUnauthorized(err) || r.blobs.Load() != asked {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, auth := range map[string]*Auth{
+		"password": {Username: "me", Password: "right"}, "auth": {Auth: "bWU6cmlnaHQ="},
+		"address": {Username: "me", Password: "right", ServerAddress: r.host}, "URL": {Username: "me", Password: "right", ServerAddress: "https://" + r.host + "/v1/"},
+	} {
 		if _, err := s.Pull(t.Context(), ref, auth); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -185,6 +185,10 @@ func (r *registries) system(n name, auth *Auth) (*types.SystemContext, error) {
 		// A registry on this machine may do without TLS, as with containerd.
 		sys.DockerInsecureSkipTLSVerify = types.OptionalBoolTrue
 	}
+	if auth != nil && !auth.isFor(reference.Domain(n.ref)) {
+		slog.Warn("credentials are for another registry and not used", "image", n.String(), "registry", auth.ServerAddress)
+		auth = nil
+	}
 	if auth == nil {
 		return &sys, nil
 	}
@@ -201,6 +205,25 @@ func (r *registries) system(n name, auth *Auth) (*types.SystemContext, error) {
 		sys.DockerAuthConfig = &types.DockerAuthConfig{Username: user, Password: password, IdentityToken: auth.IdentityToken}
 	}
 	return &sys, nil
+}
+
+// isFor tells whether the credentials are for the registry: they name it, by address or URL, or none.
+func (a *Auth) isFor(registry string) bool {
+	address := a.ServerAddress
+	if _, rest, ok := strings.Cut(address, "://"); ok {
+		address = rest
+	}
+	host, _, _ := strings.Cut(address, "/")
+	return host == "" || canonical(host) == canonical(registry)
+}
+
+// canonical gives Docker's registry, which has several names, one of them.
+func canonical(host string) string {
+	switch host = strings.ToLower(host); host {
+	case "index.docker.io", "registry-1.docker.io":
+		return "docker.io"
+	}
+	return host
 }
 
 func loopback(host string) bool {
