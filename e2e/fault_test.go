@@ -19,17 +19,64 @@ import (
 
 func networkReady(t *testing.T, d *harness.Daemon) (bool, string) {
 	t.Helper()
+	return condition(t, d, runtimeapi.NetworkReady)
+}
+
+// condition is one of the daemon's, and why it is not true.
+func condition(t *testing.T, d *harness.Daemon, kind string) (bool, string) {
+	t.Helper()
 	r, err := d.Runtime().Status(t.Context(), &runtimeapi.StatusRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range r.Status.Conditions {
-		if c.Type == runtimeapi.NetworkReady {
+		if c.Type == kind {
 			return c.Status, c.Reason + ": " + c.Message
 		}
 	}
-	t.Fatalf("no condition %s in %v", runtimeapi.NetworkReady, r.Status.Conditions)
+	t.Fatalf("no condition %s in %v", kind, r.Status.Conditions)
 	return false, ""
+}
+
+// TestGuestVanishes takes the guest's files away under a running daemon.
+func TestGuestVanishes(t *testing.T) {
+	var initrd string
+	d := harness.Start(t, func(c *harness.Config) {
+		files, err := filepath.Glob(filepath.Join(c.Guest, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Guest = filepath.Join(filepath.Dir(c.Root), "guest")
+		initrd = filepath.Join(c.Guest, "initrd")
+		if err := os.Mkdir(c.Guest, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			if err := os.Symlink(f, filepath.Join(c.Guest, filepath.Base(f))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	become := func(want bool) (why string) {
+		t.Helper()
+		harness.Eventually(t, fmt.Sprint("RuntimeReady becomes ", want), func() error {
+			ready, message := condition(t, d, runtimeapi.RuntimeReady)
+			if why = message; ready != want {
+				return missing{fmt.Sprint(want), why}
+			}
+			return nil
+		})
+		return why
+	}
+	become(true)
+	if err := os.Rename(initrd, initrd+".away"); err != nil {
+		t.Fatal(err)
+	}
+	has(t, become(false), initrd, "caissond guest build")
+	if err := os.Rename(initrd+".away", initrd); err != nil {
+		t.Fatal(err)
+	}
+	become(true)
 }
 
 func TestNoCNIConfiguration(t *testing.T) {

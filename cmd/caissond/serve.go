@@ -85,7 +85,7 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 		return nil, err
 	}
 	d.cri, err = server.New(ctx, server.Options{
-		Pods: server.Manage(d.pods), Images: d.images, Network: cni.Status, Root: filepath.Join(c.Root, "pods"), Version: version,
+		Pods: server.Manage(d.pods), Images: d.images, Runtime: runtimeReady(c, g, found.driver.Name()), Network: cni.Status, Root: filepath.Join(c.Root, "pods"), Version: version,
 		Info:     map[string]any{"config": c, "driver": found.driver.Name(), "driverVersion": found.version, "driverReason": found.reason, "guest": g},
 		Observer: d.metrics,
 	})
