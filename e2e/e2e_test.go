@@ -26,6 +26,7 @@ func TestPods(t *testing.T) {
 		{"Network", testNetwork},
 		{"HostPort", testHostPort},
 		{"SharedPod", testSharedPod},
+		{"Privileged", testPrivileged},
 		{"InitContainers", testInitContainers},
 		{"Exits", testExits},
 		{"Grace", testGrace},

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +46,30 @@ func testSharedPod(t *testing.T, d *harness.Daemon) {
 	}
 	shared.Run(images.Busybox, []string{"sleep", "31415"}, inPod)
 	has(t, shared.Run(images.Busybox, sleeper, inPod).Exec("ps"), "sleep 31415")
+}
+
+// testPrivileged: a privileged container has the guest's devices, and by no name the host's ends of it.
+func testPrivileged(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{Privileged: true}
+	})
+	list := pod.Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{Privileged: true}
+	}).Exec("ls", "/dev")
+	names := strings.Fields(list)
+	for _, want := range []string{"kmsg", "mem", "null", "ptmx"} {
+		if !slices.Contains(names, want) {
+			t.Errorf("no /dev/%s among %q", want, names)
+		}
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, "vd") || strings.HasPrefix(name, "pmem") || strings.HasPrefix(name, "vport") || strings.HasPrefix(name, "ttyS") || name == "vsock" {
+			t.Errorf("/dev/%s is not for containers", name)
+		}
+	}
+	if usual := strings.Fields(d.RunPod().Run(images.Busybox, sleeper).Exec("ls", "/dev")); slices.Contains(usual, "kmsg") {
+		t.Errorf("a container that is not privileged has %q", usual)
+	}
 }
 
 // alone gives a container a PID namespace of its own, as the kubelet does unless a pod asks to share.

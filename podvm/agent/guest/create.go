@@ -143,6 +143,9 @@ func (c *container) make(ctx context.Context, req *agent.CreateRequest, root fun
 		return account{}, err
 	}
 	spec.Mounts = c.a.arrange(spec.Mounts, wanted)
+	if err := giveDevices(spec); err != nil {
+		return account{}, err
+	}
 	c.complete(spec, rootfs, req.Rootfs.GetReadonly(), who)
 	config, err := json.Marshal(spec)
 	if err != nil {
