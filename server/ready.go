@@ -90,7 +90,7 @@ type readiness struct {
 }
 
 func (r *readiness) check(ctx context.Context) error {
-	err, looking := r.latest()
+	looking, err := r.latest()
 	if looking == nil {
 		return err
 	}
@@ -98,7 +98,7 @@ func (r *readiness) check(ctx context.Context) error {
 	defer limit.Stop()
 	select {
 	case <-looking:
-		err, _ = r.latest()
+		_, err = r.latest()
 		return err
 	case <-limit.C:
 		return fmt.Errorf("the disk of the runtime's files has not answered for %v: look after it (dmesg), or restart the node", readyLook)
@@ -108,17 +108,17 @@ func (r *readiness) check(ctx context.Context) error {
 }
 
 // latest returns an answer that holds, or what to wait for.
-func (r *readiness) latest() (error, <-chan struct{}) {
+func (r *readiness) latest() (<-chan struct{}, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.at.IsZero() && time.Since(r.at) < readyFor {
-		return r.err, nil
+		return nil, r.err
 	}
 	if r.looking == nil {
 		r.looking = make(chan struct{})
 		go r.lookNow()
 	}
-	return nil, r.looking
+	return r.looking, nil
 }
 
 func (r *readiness) lookNow() {
