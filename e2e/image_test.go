@@ -41,8 +41,9 @@ func testImages(t *testing.T, d *harness.Daemon) {
 	if _, err := d.TryPull(private, auth); err != nil {
 		t.Fatalf("with the right password: %v", err)
 	}
-	// An image in use can be removed; its containers go on.
-	c, err := d.RunPod().TryCreate(private, sleeper)
+	// An image in use can be removed; its containers go on, and its pod takes it when it is pulled again.
+	pod := d.RunPod()
+	c, err := pod.TryCreate(private, sleeper)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,6 +53,16 @@ func testImages(t *testing.T, d *harness.Daemon) {
 	}
 	if out := c.Exec("cat", "/private"); out != "secret\n" {
 		t.Errorf("got %q", out)
+	}
+	if _, err := d.TryPull(private, auth); err != nil {
+		t.Fatal(err)
+	}
+	if c, err = pod.TryCreate(private, sleeper); err != nil {
+		t.Fatalf("after another pull: %v", err)
+	}
+	c.Start()
+	if out := c.Exec("cat", "/private"); out != "secret\n" {
+		t.Errorf("after another pull: got %q", out)
 	}
 }
 
