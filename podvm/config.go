@@ -1,7 +1,6 @@
 package podvm
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -94,8 +93,6 @@ type Mount struct {
 	Propagation string
 	// SELinuxRelabel asks for a label on the content, which no kernel of a guest has a use for.
 	SELinuxRelabel bool
-	// UIDs and GIDs are in the records of earlier daemons, and not used.
-	UIDs, GIDs []IDMap `json:",omitempty"`
 }
 
 // IDMap maps a range of ids of a user namespace.
@@ -121,8 +118,7 @@ type Security struct {
 	MaskedPaths       []string
 	ReadonlyPaths     []string
 	Seccomp, AppArmor Profile
-	SELinux           json.RawMessage `json:",omitempty"` // in the records of earlier daemons, and not used
-	PIDMode           string          // "pod", "container", "node", "target"
+	PIDMode           string // "pod", "container", "node", "target"
 	TargetContainer   string
 	UserNamespace     bool // mode POD: map ids by UIDs and GIDs
 	UIDs, GIDs        []IDMap
