@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
 // follow begins to follow the pod's VM and what its agent reports. listed is called whenever the
@@ -19,7 +20,7 @@ func (p *Pod) follow(listed func(unknown []string)) {
 	p.tasks.start(func(ctx context.Context) {
 		select {
 		case <-v.Done():
-			p.machineEnded()
+			p.machineEnded(v)
 		case <-ctx.Done():
 		}
 	})
@@ -30,9 +31,9 @@ func (p *Pod) follow(listed func(unknown []string)) {
 const lastWords = 300 * time.Millisecond
 
 // machineEnded handles a VM that ended although nobody asked it to.
-func (p *Pod) machineEnded() {
+func (p *Pod) machineEnded(v vmm.VM) {
 	message := "the VM has ended"
-	if err := p.machine().Info().Err; err != nil {
+	if err := v.Info().Err; err != nil {
 		message = printable(err.Error())
 	}
 	if !p.fall("VMGone", message) {

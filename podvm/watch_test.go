@@ -66,6 +66,18 @@ func TestVMEnds(t *testing.T) {
 	n.nothingLeft()
 }
 
+// TestVMEndsWhileItIsKilled: its end is seen after who kills it has forgotten it.
+func TestVMEndsWhileItIsKilled(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	p.setMachine(nil)
+	n.driver.VMs()[0].End(errInjected)
+	n.until("the pod is not ready", func() bool { return p.Status().State == NotReady })
+	if s := p.Status(); !strings.Contains(s.Message, errInjected.Error()) {
+		t.Errorf("got %q", s.Message)
+	}
+}
+
 // terminationLog makes a file that a container may write.
 func terminationLog(t *testing.T, n *node, c *ContainerConfig) string {
 	t.Helper()
