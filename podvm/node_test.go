@@ -157,9 +157,7 @@ func (n *node) until(what string, ok func() bool) {
 // nothingLeft fails where anything of a pod is there.
 func (n *node) nothingLeft() {
 	n.t.Helper()
-	if vms := n.driver.VMs(); len(vms) > 0 {
-		n.t.Errorf("%d VMs are left", len(vms))
-	}
+	n.until("no VM is left", func() bool { return len(n.driver.VMs()) == 0 })
 	if up := n.network.pods(); len(up) > 0 {
 		n.t.Errorf("networks are left: %q", up)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
 )
 
 // Pod is a pod in its VM. Its methods may be called concurrently; those that change it wait for one
@@ -247,18 +248,13 @@ func (p *Pod) killMachine(ctx context.Context) error {
 	v := p.vm
 	p.mu.Unlock()
 	p.letGo()
-	r := p.record.now()
-	if driver := p.m.o.Drivers[r.Driver]; v == nil && driver != nil {
-		found, err := driver.Attach(ctx, r.VM)
-		if err != nil && !errors.Is(err, vmm.ErrGone) {
-			return fmt.Errorf("find its VM: %w", err)
-		}
-		v = found
+	var err error
+	if v != nil {
+		err = v.Kill(ctx)
+	} else { // its VMM may live and answer nobody
+		err = process.KillSaved(ctx, p.m.layout.run(p.id))
 	}
-	if v == nil {
-		return nil
-	}
-	if err := v.Kill(ctx); err != nil {
+	if err != nil {
 		return fmt.Errorf("kill its VM: %w", err)
 	}
 	p.setMachine(nil)

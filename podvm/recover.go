@@ -17,6 +17,7 @@ import (
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/state"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
 )
 
 // After a restart this many pods are attached to at once, each within the limit.
@@ -273,15 +274,9 @@ func (m *Manager) sweep(ctx context.Context) error {
 func (m *Manager) sweepRun(ctx context.Context, dir string) {
 	ctx, cancel := context.WithTimeout(ctx, attachLimit)
 	defer cancel()
-	for _, driver := range m.o.Drivers {
-		v, err := driver.Attach(ctx, vmm.Config{ID: filepath.Base(dir), Dir: dir})
-		if err == nil {
-			err = v.Kill(ctx)
-		}
-		if err != nil && !errors.Is(err, vmm.ErrGone) {
-			slog.Error("end a VM without a pod", "dir", dir, "err", err)
-			return
-		}
+	if err := process.KillSaved(ctx, dir); err != nil {
+		slog.Error("end a VM without a pod", "dir", dir, "err", err)
+		return
 	}
 	if err := os.RemoveAll(dir); err != nil {
 		slog.Error("remove what belongs to no pod", "dir", dir, "err", err)

@@ -154,6 +154,48 @@ func TestRecoverHalfMade(t *testing.T) {
 	}
 }
 
+// TestRecoverVMMHangs has VMMs that live and answer nobody, of a pod that was ready, of one that was
+// half-made, and of none: the first is not ready and can be removed, the others are ended.
+func TestRecoverVMMHangs(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("main"))
+	half, none := newID(), newID()
+	n.restart(func() {
+		for _, id := range []string{half, none} {
+			if err := os.Mkdir(n.layout.run(id), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := n.driver.Launch(soon(t), vmm.Config{ID: id, Dir: n.layout.run(id)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r := podRecord{ID: half, Config: podConfig("half"), Created: time.Now(), Stage: starting, Driver: "fake", VM: n.vmConfig(half)}
+		if err := errors.Join(os.MkdirAll(n.layout.containers(half), 0o700), state.Write(n.layout.record(half), r)); err != nil {
+			t.Fatal(err)
+		}
+		n.driver.Fail("Attach", errInjected)
+	})
+	for _, id := range []string{half, none} {
+		n.until("its VM is ended", func() bool { return len(n.driver.VMs()) == 1 })
+		n.isGone(id)
+	}
+	q := n.again(p.ID())
+	if s := q.Status(); s.State != NotReady || s.Reason != "Unreachable" || !strings.Contains(s.Message, "injected") {
+		t.Errorf("got %+v", s)
+	}
+	if d, err := n.Manager.Container(c.ID()); err != nil || d.Status().State != Exited {
+		t.Errorf("its container: %v", err)
+	}
+	if err := q.Stop(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := q.Remove(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+}
+
 // TestRecoverHalfMadeContainer has the daemon die in the middle of a creation.
 func TestRecoverHalfMadeContainer(t *testing.T) {
 	n := newNode(t)

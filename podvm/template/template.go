@@ -24,6 +24,7 @@ import (
 
 	"github.com/caisson-vm/caisson/internal/undo"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
 )
 
 // Options say which templates a Store makes.
@@ -133,13 +134,7 @@ func reason(err error) string {
 func (s *Store) killLeft(dir string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), s.options.Limit)
 	defer cancel()
-	v, err := s.options.Driver.Attach(ctx, vmm.Config{ID: filepath.Base(dir), Dir: dir})
-	if err == nil {
-		err = v.Kill(ctx)
-	} else if errors.Is(err, vmm.ErrGone) {
-		err = nil
-	}
-	if err != nil {
+	if err := process.KillSaved(ctx, dir); err != nil {
 		return fmt.Errorf("templates: half-made %s: %w", dir, err)
 	}
 	return os.RemoveAll(dir)

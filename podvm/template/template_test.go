@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
 )
 
 // driver launches VMs that are nothing but files.
@@ -41,7 +42,10 @@ func (d *driver) Launch(_ context.Context, c vmm.Config) (vmm.VM, error) {
 	return m, os.Truncate(c.MemoryFile, 1<<20)
 }
 
-func (d *driver) Attach(context.Context, vmm.Config) (vmm.VM, error) { return nil, vmm.ErrGone }
+func (d *driver) Attach(context.Context, vmm.Config) (vmm.VM, error) { return nil, errNoAnswer }
+
+// errNoAnswer is what a VMM that hangs gives who wants to attach.
+var errNoAnswer = errors.New("no answer")
 
 type machine struct {
 	vmm.VM
@@ -200,6 +204,32 @@ func TestFailureLeavesNothingAndIsRemembered(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(o.Dir); len(left) > 0 {
 		t.Fatalf("left behind: %v", left)
+	}
+}
+
+// A daemon that was killed leaves a VMM, which may hang: it ends all the same.
+func TestHalfMadeIsTakenBack(t *testing.T) {
+	o := options(t, &driver{})
+	run := filepath.Join(o.Run, runPrefix+"0123")
+	if err := os.Mkdir(run, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	p, err := process.Start(process.Spec{Path: "/bin/sleep", Args: []string{"1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill(context.Background())
+	if err := p.Save(run); err != nil {
+		t.Fatal(err)
+	}
+	store(t, o)
+	select {
+	case <-p.Done():
+	case <-time.After(10 * time.Second):
+		t.Error("its VMM runs")
+	}
+	if _, err := os.Stat(run); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its folder is left: %v", err)
 	}
 }
 

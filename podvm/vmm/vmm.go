@@ -40,7 +40,8 @@ const SerialMax = 20
 type Driver interface {
 	// Launch starts a VM: a cold boot, or a clone where Config.Template is set. It returns when
 	// the VMM process runs and its control socket answers; the guest may still be booting, and
-	// the first Dial waits for it. On error nothing is left: no process, socket or cgroup.
+	// the first Dial waits for it. On error nothing is left: no process, socket or cgroup. The
+	// process is saved in Config.Dir (process.Save), so that it can be ended without a driver.
 	Launch(ctx context.Context, c Config) (VM, error)
 	// Attach finds the VM that a former daemon launched with the same Config. It returns ErrGone
 	// if its process has ended (what it left in Config.Dir may then be deleted).

@@ -139,7 +139,7 @@ func (d *Driver) start(c vmm.Config, l tail.Pair) (*process.Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := p.Save(processPath(c.Dir)); err != nil {
+	if err := p.Save(c.Dir); err != nil {
 		return nil, errors.Join(err, p.Kill(context.Background()))
 	}
 	return p, nil
@@ -147,7 +147,7 @@ func (d *Driver) start(c vmm.Config, l tail.Pair) (*process.Process, error) {
 
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
-	p, err := process.Load(processPath(c.Dir))
+	p, err := process.Load(c.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("attach %s: %w%s", c.ID, vmm.ErrGone, tail.LastWords(c.Dir))
 	}
@@ -175,6 +175,6 @@ func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 // removeFiles removes what the driver made in the VM's folder, but for its logs.
 func removeFiles(dir string) error {
 	return errors.Join(os.RemoveAll(apiPath(dir)), os.RemoveAll(vsockPath(dir)), os.RemoveAll(readyPath(dir)),
-		os.RemoveAll(eventsPath(dir)), os.RemoveAll(processPath(dir)), os.RemoveAll(filepath.Join(dir, "restore")),
+		os.RemoveAll(eventsPath(dir)), os.RemoveAll(process.SavedPath(dir)), os.RemoveAll(filepath.Join(dir, "restore")),
 		os.RemoveAll(tail.PipePath(tail.ConsolePath(dir))), os.RemoveAll(tail.PipePath(tail.VMMPath(dir))))
 }

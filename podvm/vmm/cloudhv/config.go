@@ -250,10 +250,9 @@ func cloneDisk(snapshot map[string]any, d *vmm.Disk) error {
 	return fmt.Errorf("not the snapshot of a template with the same disk: it has %d disks", len(disks))
 }
 
-func apiPath(dir string) string     { return filepath.Join(dir, "api.sock") }
-func vsockPath(dir string) string   { return filepath.Join(dir, "vsock.sock") }
-func eventsPath(dir string) string  { return filepath.Join(dir, "events.json") }
-func processPath(dir string) string { return filepath.Join(dir, "process.json") }
+func apiPath(dir string) string    { return filepath.Join(dir, "api.sock") }
+func vsockPath(dir string) string  { return filepath.Join(dir, "vsock.sock") }
+func eventsPath(dir string) string { return filepath.Join(dir, "events.json") }
 
 // readyPath is where Cloud Hypervisor connects when the guest dials the host's port readyPort.
 func readyPath(dir string) string { return fmt.Sprintf("%s_%d", vsockPath(dir), vmm.ReadyPort) }

@@ -12,6 +12,7 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"syscall"
@@ -111,18 +112,22 @@ var closeOnExec = sync.OnceValue(func() error {
 	return nil
 })
 
-// Save writes the identity to a file.
-func (p *Process) Save(path string) error {
+// SavedPath is where the identity of the process of this folder is kept.
+func SavedPath(dir string) string { return filepath.Join(dir, "process.json") }
+
+// Save writes the identity into the process's folder.
+func (p *Process) Save(dir string) error {
 	data, err := json.Marshal(p.identity)
 	if err != nil {
 		return err
 	}
-	return atomicfile.Write(path, data, 0o600)
+	return atomicfile.Write(SavedPath(dir), data, 0o600)
 }
 
-// Load finds the process whose identity was saved. The error wraps fs.ErrNotExist if it, or the
-// file, is gone.
-func Load(path string) (*Process, error) {
+// Load finds the process whose identity was saved in the folder. The error wraps fs.ErrNotExist if it,
+// or the file, is gone.
+func Load(dir string) (*Process, error) {
+	path := SavedPath(dir)
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
@@ -132,6 +137,19 @@ func Load(path string) (*Process, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return Find(id)
+}
+
+// KillSaved ends the process whose identity was saved in the folder, whatever program it is and
+// whether or not that answers anybody, and returns when it is gone. It is idempotent.
+func KillSaved(ctx context.Context, dir string) error {
+	p, err := Load(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("find the process of %s: %w", dir, err)
+	}
+	return p.Kill(ctx)
 }
 
 func open(pid int) (*Process, error) {

@@ -68,6 +68,34 @@ func TestAnotherProcessIsNotFound(t *testing.T) {
 	}
 }
 
+// What another daemon started is ended by what it saved.
+func TestKillSaved(t *testing.T) {
+	dir := t.TempDir()
+	if err := KillSaved(limit(t), dir); err != nil {
+		t.Errorf("where nothing was saved: %v", err)
+	}
+	p, err := Start(Spec{Path: "/bin/sleep", Args: []string{"1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill(context.Background())
+	if err := p.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := KillSaved(limit(t), dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-p.Done()
+	if err := os.WriteFile(SavedPath(dir), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := KillSaved(limit(t), dir); err == nil || !strings.Contains(err.Error(), dir) {
+		t.Errorf("what was saved can't be read: %v", err)
+	}
+}
+
 func TestNothingIsInherited(t *testing.T) {
 	leak, err := os.Open("/etc/passwd")
 	if err != nil {

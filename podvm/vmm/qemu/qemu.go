@@ -132,7 +132,7 @@ func (d *Driver) start(c vmm.Config, s shape, l tail.Pair) (*process.Process, er
 	if err != nil {
 		return nil, err
 	}
-	if err := p.Save(processPath(c.Dir)); err != nil {
+	if err := p.Save(c.Dir); err != nil {
 		return nil, errors.Join(err, p.Kill(context.WithoutCancel(context.Background())))
 	}
 	return p, nil
@@ -140,7 +140,7 @@ func (d *Driver) start(c vmm.Config, s shape, l tail.Pair) (*process.Process, er
 
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
-	p, err := process.Load(processPath(c.Dir))
+	p, err := process.Load(c.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("attach %s: %w%s", c.ID, vmm.ErrGone, tail.LastWords(c.Dir))
 	}
@@ -214,10 +214,9 @@ func (s shape) checkMemory(c vmm.Config) error {
 
 // removeFiles removes what the driver made in the VM's folder, but for its logs.
 func removeFiles(dir string) error {
-	return errors.Join(os.RemoveAll(qmpPath(dir)), os.RemoveAll(channelPath(dir)), os.RemoveAll(processPath(dir)),
+	return errors.Join(os.RemoveAll(qmpPath(dir)), os.RemoveAll(channelPath(dir)), os.RemoveAll(process.SavedPath(dir)),
 		os.RemoveAll(tail.PipePath(tail.ConsolePath(dir))), os.RemoveAll(tail.PipePath(tail.VMMPath(dir))))
 }
 
 func qmpPath(dir string) string     { return filepath.Join(dir, "qmp.sock") }
 func channelPath(dir string) string { return filepath.Join(dir, "agent.sock") }
-func processPath(dir string) string { return filepath.Join(dir, "process.json") }

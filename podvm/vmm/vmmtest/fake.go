@@ -3,6 +3,7 @@ package vmmtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -14,10 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
 )
 
 // Fake is a driver whose VMs are in this process: they outlive who launched them, and every stream
-// that is dialled to one is answered by Serve.
+// that is dialled to one is answered by Serve. Each has a process beside it, as a VMM is one, and ends
+// when that is killed.
 type Fake struct {
 	// Serve answers one stream, and closes it. It is called in a goroutine of its own.
 	Serve func(vm *FakeVM, c net.Conn)
@@ -97,6 +100,9 @@ func (f *Fake) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 		}
 		v.disks[c.Disk.Serial] = *c.Disk
 	}
+	if err := v.startProcess(); err != nil {
+		return nil, err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.vms == nil {
@@ -122,9 +128,11 @@ func (f *Fake) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 
 // FakeVM is a VM of a Fake.
 type FakeVM struct {
-	driver *Fake
-	config vmm.Config
-	done   chan struct{}
+	driver  *Fake
+	config  vmm.Config
+	process *process.Process
+	life    *os.File // while it is open here, the process runs
+	done    chan struct{}
 
 	mu    sync.Mutex
 	size  vmm.Size
@@ -132,6 +140,26 @@ type FakeVM struct {
 	disks map[string]vmm.Disk
 	nics  []vmm.NIC
 	conns []net.Conn
+}
+
+// startProcess starts one that does nothing, and ends with this one at the latest.
+func (v *FakeVM) startProcess() error {
+	theirs, ours, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer theirs.Close()
+	v.life = ours
+	v.process, err = process.Start(process.Spec{Path: "/bin/cat", Args: []string{"/proc/self/fd/3"}, Files: []*os.File{theirs}})
+	if err != nil {
+		ours.Close()
+		return err
+	}
+	go func() {
+		<-v.process.Done()
+		v.End(errors.New("its process was killed"))
+	}()
+	return v.process.Save(v.config.Dir)
 }
 
 // ID is that of its Config.
@@ -175,6 +203,9 @@ func (v *FakeVM) End(reason error) {
 		return
 	}
 	v.err = reason
+	v.life.Close()
+	<-v.process.Done()
+	os.Remove(process.SavedPath(v.config.Dir))
 	close(v.done)
 	for _, c := range v.conns {
 		c.Close()
@@ -278,7 +309,7 @@ func (v *FakeVM) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 func (v *FakeVM) Info() vmm.Info {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return vmm.Info{PID: os.Getpid(), Size: v.size, Err: v.err}
+	return vmm.Info{PID: v.process.PID(), Size: v.size, Err: v.err}
 }
 
 // Done implements vmm.VM.
