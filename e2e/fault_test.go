@@ -357,7 +357,16 @@ func TestSecondDaemon(t *testing.T) {
 	if out := pod.Exec("echo", "unharmed"); out != "unharmed\n" {
 		t.Errorf("the first daemon's pod: got %q", out)
 	}
-	// With a root of its own it is welcome.
+	sharing := harness.New(t, func(c *harness.Config) { c.State = first.Config.State })
+	if err = sharing.Start(); err == nil {
+		sharing.Stop()
+		t.Fatal("a daemon started in the state of another")
+	}
+	has(t, err.Error(), first.Config.State, "key state")
+	if out := pod.Exec("echo", "unharmed"); out != "unharmed\n" {
+		t.Errorf("the first daemon's pod: got %q", out)
+	}
+	// With folders of its own it is welcome.
 	third := harness.Start(t)
 	third.RunPod().Run(images.Busybox, sleeper).Exec("true")
 	if out := strings.TrimSpace(third.Crictl("pods", "--quiet")); len(strings.Fields(out)) != 1 {

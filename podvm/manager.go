@@ -118,7 +118,7 @@ const (
 	opLimit    = 2 * time.Minute
 )
 
-// New makes a Manager. Its caller holds the lock on Root.
+// New makes a Manager. Its caller holds the locks on Root and State.
 func New(o Options) (*Manager, error) {
 	m := &Manager{
 		o: o, layout: layout{o.Root, o.State},

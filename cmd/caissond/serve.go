@@ -35,17 +35,33 @@ func serve(ctx context.Context, args []string) error {
 	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.Log.Level})))
 	klog.SetSlogLogger(slog.Default()) // what the streaming libraries say
-	lock, err := state.Acquire(c.Root)
+	release, err := lockFolders(c)
 	if err != nil {
 		return err
 	}
-	defer lock.Release()
+	defer release()
 	d, err := newDaemon(ctx, c)
 	if err != nil {
 		return err
 	}
 	defer d.close()
 	return d.run(ctx)
+}
+
+// lockFolders keeps other daemons from the folders in which this one removes what it does not know.
+func lockFolders(c Config) (release func(), err error) {
+	root, err := state.Acquire(c.Root, "root")
+	if err != nil {
+		return nil, err
+	}
+	if filepath.Clean(c.State) == filepath.Clean(c.Root) {
+		return func() { root.Release() }, nil
+	}
+	run, err := state.Acquire(c.State, "state")
+	if err != nil {
+		return nil, errors.Join(err, root.Release())
+	}
+	return func() { run.Release(); root.Release() }, nil
 }
 
 // node is the daemon's parts.

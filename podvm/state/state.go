@@ -73,8 +73,9 @@ func strict(data []byte, v any) error {
 type Lock struct{ file *os.File }
 
 // Acquire takes the lock of dir, which is made if needed. Where another process holds it, the error
-// is errdefs.ErrFailedPrecondition and names that process.
-func Acquire(dir string) (*Lock, error) {
+// is errdefs.ErrFailedPrecondition and names that process, and the key of the configuration that
+// gives another folder.
+func Acquire(dir, key string) (*Lock, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("lock: %w", err)
 	}
@@ -86,7 +87,7 @@ func Acquire(dir string) (*Lock, error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		holder, _ := os.ReadFile(path)
 		f.Close()
-		return nil, fmt.Errorf("%s is in use by process %s: stop that daemon, or give this one another root: %w", dir, strings.TrimSpace(string(holder)), errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("%s is in use by process %s: stop that daemon, or give this one another folder in the key %s: %w", dir, strings.TrimSpace(string(holder)), key, errdefs.ErrFailedPrecondition)
 	}
 	if err := errors.Join(f.Truncate(0), writePID(f)); err != nil {
 		f.Close()

@@ -46,18 +46,18 @@ func TestWhatIsNotUnderstood(t *testing.T) {
 
 func TestSecondDaemonIsRefused(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "root")
-	l, err := Acquire(dir)
+	l, err := Acquire(dir, "root")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = Acquire(dir)
-	if !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "another root") {
+	_, err = Acquire(dir, "state")
+	if !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "key state") {
 		t.Fatalf("got %v", err)
 	}
 	if err := l.Release(); err != nil {
 		t.Fatal(err)
 	}
-	if l, err = Acquire(dir); err != nil {
+	if l, err = Acquire(dir, "root"); err != nil {
 		t.Fatal(err)
 	}
 	l.Release()
