@@ -44,7 +44,8 @@ type Driver interface {
 	// process is saved in Config.Dir (process.Save), so that it can be ended without a driver.
 	Launch(ctx context.Context, c Config) (VM, error)
 	// Attach finds the VM that a former daemon launched with the same Config. It returns ErrGone
-	// if its process has ended (what it left in Config.Dir may then be deleted).
+	// if its process has ended (what it left in Config.Dir may then be deleted). The template of a
+	// clone need not be there any more.
 	Attach(ctx context.Context, c Config) (VM, error)
 	// Name is the driver's name in configuration, metrics and records: "qemu", "cloud-hypervisor".
 	Name() string

@@ -82,6 +82,9 @@ func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	if err == nil {
 		err = shape.checkMemory(c)
 	}
+	if err == nil {
+		err = shape.write(c.Dir) // which outlives the template, and the choice of accelerator
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -151,9 +154,9 @@ func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	shape, err := d.shape(c)
+	shape, err := readShape(c.Dir)
 	if err != nil {
-		return nil, errors.Join(err, l.Close())
+		return nil, errors.Join(fmt.Errorf("attach %s: %w", c.ID, err), l.Close())
 	}
 	v := newVM(c, shape, p, l)
 	v.again = true
@@ -183,11 +186,7 @@ func (d *Driver) shape(c vmm.Config) (shape, error) {
 	if c.Template == "" {
 		return shape{Accel: d.accel, Size: c.Size, Max: c.Max, Memory: filepath.Base(c.MemoryFile)}, nil
 	}
-	var s shape
-	data, err := os.ReadFile(filepath.Join(c.Template, shapeName))
-	if err == nil {
-		err = json.Unmarshal(data, &s)
-	}
+	s, err := readShape(c.Template)
 	if err == nil && (s.Memory == "" || strings.Contains(s.Memory, "/")) {
 		err = fmt.Errorf("memory file %q", s.Memory)
 	}
@@ -195,6 +194,22 @@ func (d *Driver) shape(c vmm.Config) (shape, error) {
 		return s, fmt.Errorf("clone of %s: %w", c.Template, err)
 	}
 	return s, nil
+}
+
+func readShape(dir string) (s shape, err error) {
+	data, err := os.ReadFile(filepath.Join(dir, shapeName))
+	if err == nil {
+		err = json.Unmarshal(data, &s)
+	}
+	return s, err
+}
+
+func (s shape) write(dir string) error {
+	data, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, shapeName), data, 0o600)
 }
 
 // checkMemory sees that a clone's template has its memory: QEMU would make a file that is missing.
@@ -214,7 +229,7 @@ func (s shape) checkMemory(c vmm.Config) error {
 
 // removeFiles removes what the driver made in the VM's folder, but for its logs.
 func removeFiles(dir string) error {
-	return errors.Join(os.RemoveAll(qmpPath(dir)), os.RemoveAll(channelPath(dir)), os.RemoveAll(process.SavedPath(dir)),
+	return errors.Join(os.RemoveAll(qmpPath(dir)), os.RemoveAll(channelPath(dir)), os.RemoveAll(process.SavedPath(dir)), os.RemoveAll(filepath.Join(dir, shapeName)),
 		os.RemoveAll(tail.PipePath(tail.ConsolePath(dir))), os.RemoveAll(tail.PipePath(tail.VMMPath(dir))))
 }
 

@@ -2,7 +2,6 @@ package qemu
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -49,11 +48,7 @@ func (v *vm) snapshot(ctx context.Context, dir string) error {
 	if err := v.migrate(ctx, "migrate", state); err != nil {
 		return err
 	}
-	data, err := json.Marshal(v.shape)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, shapeName), data, 0o600)
+	return v.shape.write(dir)
 }
 
 // hangUpForGood ends the session on both sides.
