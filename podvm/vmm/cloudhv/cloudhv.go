@@ -41,6 +41,7 @@ const smallStacks = "RUST_MIN_STACK=1835008"
 type Driver struct {
 	binary  string
 	version string
+	broken  error // why no VM can be launched
 	watcher *watcher
 }
 
@@ -60,6 +61,16 @@ func New(ctx context.Context, binary string) (*Driver, error) {
 		return nil, err
 	}
 	return &Driver{binary: path, version: version, watcher: w}, nil
+}
+
+// AttachOnly is the driver where New has failed: it attaches, which takes no binary, to VMs that were
+// launched before that was so. Launch says why it can't.
+func AttachOnly(why error) (*Driver, error) {
+	w, err := newWatcher()
+	if err != nil {
+		return nil, err
+	}
+	return &Driver{broken: why, watcher: w}, nil
 }
 
 var versionPattern = regexp.MustCompile(`v?(\d+)\.\d+\S*`)
@@ -85,11 +96,17 @@ func (d *Driver) Name() string { return Name }
 // Version is Cloud Hypervisor's, as it prints it.
 func (d *Driver) Version() string { return d.version }
 
+// Binary is the path of the program.
+func (d *Driver) Binary() string { return d.binary }
+
 // Close ends the driver's own work; its VMs run on.
 func (d *Driver) Close() error { return d.watcher.notify.Close() }
 
 // Launch implements vmm.Driver.
 func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
+	if d.broken != nil {
+		return nil, d.broken
+	}
 	var u undo.Stack
 	defer u.Run()
 	u.Push("remove VMM files", func(context.Context) error { return removeFiles(c.Dir) })

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -190,6 +191,46 @@ func TestUnansweredConnection(t *testing.T) {
 	conn.Close()
 	if _, err := v.connect(t.Context(), 1024); !errors.Is(err, io.EOF) {
 		t.Fatalf("after all were refused: %v", err)
+	}
+}
+
+// A VM is attached to although the binary is gone; none is launched.
+func TestAttachNeedsNoBinary(t *testing.T) {
+	d, err := AttachOnly(errdefs.ErrNotFound)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	dir := t.TempDir()
+	p, err := process.Start(process.Spec{Path: "/bin/sleep", Args: []string{"1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill(context.Background())
+	l, err := net.Listen("unix", apiPath(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	api := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Write([]byte(`{"config":{"cpus":{"boot_vcpus":3}},"memory_actual_size":4096}`))
+	})}
+	go api.Serve(l)
+	defer api.Close()
+	if err := errors.Join(p.Save(dir), os.WriteFile(eventsPath(dir), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	v, err := d.Attach(t.Context(), vmm.Config{ID: "x", Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := v.Info(); i.PID != p.PID() || i.Size != (vmm.Size{CPUs: 3, Memory: 4096}) {
+		t.Errorf("got %+v", i)
+	}
+	if err := v.Kill(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.Launch(t.Context(), vmm.Config{ID: "x", Dir: dir}); !errors.Is(err, errdefs.ErrNotFound) {
+		t.Errorf("launch: %v", err)
 	}
 }
 

@@ -40,6 +40,7 @@ const (
 type Driver struct {
 	binary, version string
 	accel           Accel
+	broken          error // why no VM can be launched
 }
 
 // New looks the binary up (in PATH, when it is a name). The error is errdefs.ErrNotFound when there
@@ -60,6 +61,10 @@ func New(ctx context.Context, binary string, accel Accel) (*Driver, error) {
 	return &Driver{binary: path, version: match, accel: accel}, nil
 }
 
+// AttachOnly is the driver where New has failed: it attaches, which takes no binary, to VMs that were
+// launched before that was so. Launch says why it can't.
+func AttachOnly(why error) *Driver { return &Driver{broken: why} }
+
 var versionPattern = regexp.MustCompile(`\d+\.\d+\.\d+.*`)
 
 // Name implements vmm.Driver.
@@ -68,8 +73,14 @@ func (d *Driver) Name() string { return Name }
 // Version is QEMU's and the accelerator, which a template depends on.
 func (d *Driver) Version() string { return d.version + " " + string(d.accel) }
 
+// Binary is the path of the program.
+func (d *Driver) Binary() string { return d.binary }
+
 // Launch implements vmm.Driver.
 func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
+	if d.broken != nil {
+		return nil, d.broken
+	}
 	var u undo.Stack
 	defer u.Run()
 	u.Push("remove VMM files", func(context.Context) error { return removeFiles(c.Dir) })
