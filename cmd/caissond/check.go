@@ -70,7 +70,10 @@ func checkDriver(ctx context.Context, c Config) finding {
 		f.err = err
 		return f
 	}
-	f.detail = fmt.Sprintf("%s %s: %s", found.driver.Name(), found.version, found.reason)
+	if c.Driver == cloudhv.Name { // who configures it is believed, but for here
+		f.err = probe(ctx, c, g, found.driver)
+	}
+	f.detail = fmt.Sprintf("%s %s: %s", found.driver.Name(), found.driver.Version(), found.reason)
 	return f
 }
 

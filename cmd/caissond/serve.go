@@ -79,11 +79,14 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := sweepProbes(ctx, c.State); err != nil {
+		return nil, err
+	}
 	found, err := chooseDriver(ctx, c, g)
 	if err != nil {
 		return nil, err
 	}
-	slog.Info("driver", "name", found.driver.Name(), "version", found.version, "reason", found.reason, "guest", g.Version)
+	slog.Info("driver", "name", found.driver.Name(), "version", found.driver.Version(), "reason", found.reason, "guest", g.Version)
 	d := &node{config: c, metrics: metrics.New(version, found.driver.Name(), g.Version)}
 	d.images, err = imagestore.Open(imagestore.Options{
 		Root: filepath.Join(c.Root, "images"), Pinned: c.Images.Pinned,
@@ -102,7 +105,7 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 	}
 	d.cri, err = server.New(ctx, server.Options{
 		Pods: server.Manage(d.pods), Images: d.images, Runtime: runtimeReady(c, g, found.driver.Name()), Network: cni.Status, Root: filepath.Join(c.Root, "pods"), Version: version,
-		Info:     map[string]any{"config": c, "driver": found.driver.Name(), "driverVersion": found.version, "driverReason": found.reason, "guest": g},
+		Info:     map[string]any{"config": c, "driver": found.driver.Name(), "driverVersion": found.driver.Version(), "driverReason": found.reason, "guest": g},
 		Observer: d.metrics,
 	})
 	if err != nil {
@@ -135,7 +138,7 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 	if c.VM.Template != "pod" {
 		d.templates, err = template.New(template.Options{
 			Dir: filepath.Join(c.Root, "templates"), Run: c.State, Driver: found.driver,
-			Depends: []string{found.version, g.Version, hostKernel(), fmt.Sprint("scratch ", int64(c.VM.Scratch))},
+			Depends: []string{found.driver.Version(), g.Version, hostKernel(), fmt.Sprint("scratch ", int64(c.VM.Scratch))},
 			Config: vmm.Config{
 				Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most, Disk: podvm.ScratchDisk(),
 			},

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/caisson-vm/caisson/internal/atomicfile"
+	"github.com/caisson-vm/caisson/podvm/guestimage"
+	"github.com/caisson-vm/caisson/podvm/state"
+	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/process"
+)
+
+// probeLimit bounds the boot of a probe: one without hardware virtualization below KVM can hang. On
+// a busy machine where KVM itself is nested in an emulation, a boot takes half a minute.
+const probeLimit = 2 * time.Minute
+
+// result is a probe's, kept for as long as the machine runs.
+type result struct{ Boot, Error string }
+
+// probe says whether the program can really boot a guest with KVM: that /dev/kvm opens says nothing.
+func probe(ctx context.Context, c Config, g guestimage.Files, d program) error {
+	if _, err := os.Stat("/dev/kvm"); errors.Is(err, fs.ErrNotExist) {
+		return errors.New("there is no /dev/kvm: enable virtualization in the firmware, and load kvm_intel or kvm_amd")
+	}
+	if err := os.MkdirAll(c.State, 0o700); err != nil {
+		return err
+	}
+	key := strings.Join([]string{d.Name(), d.Binary(), d.Version(), g.Version}, " ")
+	return remembered(filepath.Join(c.State, "probe.json"), key, func() error {
+		start := time.Now()
+		err := bootProbe(ctx, c, g, d)
+		slog.Info("probed KVM with a guest", "driver", d.Name(), "works", err == nil, "ms", time.Since(start).Milliseconds())
+		return err
+	})
+}
+
+// remembered returns what find did when it was last called for the key since the machine started, or
+// calls it. What counts is that a guest booted, or that its VMM ended over it; a guest that took too long,
+// or a VMM that did not come so far, says something of the machine as it was just then.
+func remembered(path, key string, find func() error) error {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return err
+	}
+	known := map[string]result{}
+	if data, err := os.ReadFile(path); err == nil {
+		json.Unmarshal(data, &known) // what can't be read is found out again
+	}
+	if r, ok := known[key]; ok && r.Boot == string(boot) {
+		if r.Error != "" {
+			return errors.New(r.Error)
+		}
+		return nil
+	}
+	r := result{Boot: string(boot)}
+	found := find()
+	if found != nil {
+		if !errors.Is(found, vmm.ErrGone) {
+			return found
+		}
+		r.Error = found.Error()
+	}
+	known[key] = r
+	data, err := json.Marshal(known)
+	if err != nil {
+		return err
+	}
+	return errors.Join(found, atomicfile.Write(path, data, 0o600))
+}
+
+// probePrefix begins the names of folders in which probes run.
+const probePrefix = "probe-"
+
+func bootProbe(ctx context.Context, c Config, g guestimage.Files, d vmm.Driver) error {
+	dir, err := os.MkdirTemp(c.State, probePrefix)
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	lock, err := state.Acquire(dir, "state")
+	if err != nil {
+		return err
+	}
+	defer lock.Release()
+	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+	defer cancel()
+	size := vmm.Size{CPUs: 1, Memory: 256 << 20}
+	v, err := d.Launch(ctx, vmm.Config{ID: "probe", Dir: dir, Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: size})
+	if err != nil {
+		return err
+	}
+	conn, err := v.Dial(ctx, vmm.AgentPort)
+	if err == nil {
+		conn.Close()
+	}
+	return errors.Join(err, v.Kill(context.WithoutCancel(ctx)))
+}
+
+// sweepProbes takes back probes whose process was killed. One that still runs, of caissond check, holds
+// the lock of its folder.
+func sweepProbes(ctx context.Context, dir string) error {
+	left, err := filepath.Glob(filepath.Join(dir, probePrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range left {
+		lock, err := state.Acquire(dir, "state")
+		if err != nil {
+			continue
+		}
+		err = errors.Join(process.KillSaved(ctx, dir), os.RemoveAll(dir), lock.Release())
+		if err != nil {
+			return fmt.Errorf("take back a probe: %w", err)
+		}
+		slog.Info("half-made probe taken back", "path", dir)
+	}
+	return nil
+}
