@@ -309,7 +309,8 @@ func (c *Container) removeFromGuest(ctx context.Context) error {
 	return err
 }
 
-// Update changes the limits of a container, and the VM's size with them.
+// Update changes the limits of a container, and the VM's size with them. More than the VM can have is
+// errdefs.ErrOutOfRange.
 func (c *Container) Update(ctx context.Context, r Resources) error {
 	ctx, done, err := c.begin(ctx, opLimit)
 	if err != nil {
@@ -340,7 +341,11 @@ func (c *Container) update(ctx context.Context, change Resources) error {
 		return err
 	}
 	defer c.pod.change.unlock()
-	size := c.pod.sizeFor(c.pod.record.now().Config, append(c.pod.limits(c.id), merged))
+	want := c.pod.sizeAfter(c, merged)
+	if err := c.pod.allow(c.pod.sizeFor(c.pod.record.now().Config, c.pod.limits("")), want); err != nil {
+		return err
+	}
+	size := c.pod.within(want)
 	if err := c.pod.growTo(ctx, size); err != nil {
 		return err
 	}

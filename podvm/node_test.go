@@ -70,7 +70,7 @@ func (n *node) start() {
 		Root: root, State: filepath.Join(n.dir, "run"),
 		Driver: n.driver, Drivers: map[string]vmm.Driver{n.driver.Name(): n.driver},
 		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images,
-		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4 << 30}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
+		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4<<30 + 5<<20}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
 	})
 	if err != nil {
 		n.t.Fatal(err)

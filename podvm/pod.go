@@ -314,7 +314,12 @@ func (p *Pod) Update(ctx context.Context, overhead, resources *Resources) error 
 	if resources != nil {
 		config.Resources = resources
 	}
-	if err := p.fit(ctx, config, p.limits("")); err != nil {
+	containers := p.limits("")
+	err := p.allow(p.sizeFor(p.record.now().Config, containers), p.sizeFor(config, containers))
+	if err == nil {
+		err = p.fit(ctx, config, containers)
+	}
+	if err != nil {
 		return fmt.Errorf("resize pod %s: %w", p.id, err)
 	}
 	p.note("record a pod's resources", p.record.set(func(r *podRecord) { r.Config = config }))

@@ -3,6 +3,8 @@ package podvm
 import (
 	"context"
 	"fmt"
+	"log/slog"
+	"math"
 
 	"github.com/containerd/errdefs"
 
@@ -23,16 +25,38 @@ func (p *Pod) limits(except string) []Resources {
 	return all
 }
 
-// fit gives the VM the size that these containers may use. What it can't reach upwards is an error;
-// a guest that can't give back is not.
+// fit gives the VM the size that these containers may use, as far as it can be. What it can't reach
+// upwards is an error; a guest that can't give back is not.
 func (p *Pod) fit(ctx context.Context, config PodConfig, containers []Resources) error {
-	return p.resize(ctx, p.sizeFor(config, containers))
+	return p.resize(ctx, p.within(p.sizeFor(config, containers)))
 }
 
 // grow makes room for one more container. It takes nothing away: an init container's memory is soon
 // wanted again, and plugging it takes time.
 func (p *Pod) grow(ctx context.Context, more Resources) error {
-	return p.growTo(ctx, p.sizeFor(p.record.now().Config, append(p.limits(""), more)))
+	return p.growTo(ctx, p.within(p.sizeFor(p.record.now().Config, append(p.limits(""), more))))
+}
+
+// within is a size cut to what the VM can be: a limit may well be above all that the node has.
+func (p *Pod) within(want vmm.Size) vmm.Size {
+	most := p.record.now().VM.Most()
+	got := vmm.Size{CPUs: min(want.CPUs, most.CPUs), Memory: min(want.Memory, most.Memory)}
+	if got != want {
+		slog.Info("limits are above what the VM can have", "pod", p.id, "cpus", want.CPUs, "most_cpus", most.CPUs, "mib", want.Memory>>20, "most_mib", most.Memory>>20)
+	}
+	return got
+}
+
+// allow refuses a change to more than the VM can have; what was above that before may stay.
+func (p *Pod) allow(before, want vmm.Size) error {
+	most := p.record.now().VM.Most()
+	if want.CPUs > max(most.CPUs, before.CPUs) {
+		return fmt.Errorf("%d vCPUs, and the pod can have %d at most: raise vm.max_cpus, which holds for new pods: %w", want.CPUs, most.CPUs, errdefs.ErrOutOfRange)
+	}
+	if want.Memory > max(most.Memory, before.Memory) {
+		return fmt.Errorf("%d MiB of memory with the guest's own, and the pod can have %d at most: raise vm.max_memory, which holds for new pods: %w", want.Memory>>20, most.Memory>>20, errdefs.ErrOutOfRange)
+	}
+	return nil
 }
 
 func (p *Pod) growTo(ctx context.Context, want vmm.Size) error {
@@ -63,19 +87,22 @@ func (p *Pod) resize(ctx context.Context, want vmm.Size) error {
 	return nil
 }
 
-// sizeFor is the size of the VM for what the pod as a whole may use, where that is known, or else
-// for the sum of its containers: never less than it was started with, which is also what a pod
-// without limits gets, and never more than it can be.
+// sizeFor is the size of the VM for what the pod as a whole may use, of memory and of CPUs, where that
+// is known, or else for the sum of its containers: never less than it was started with, which is also
+// what a pod without limits gets. It may be more than the VM can have.
 func (p *Pod) sizeFor(pod PodConfig, containers []Resources) vmm.Size {
-	least, most := p.m.o.Size, p.record.now().VM.Max
 	var memory int64
 	var cpus float64
-	if r := pod.Resources; r != nil && (r.Memory > 0 || r.CPUQuota > 0) {
-		memory, cpus = r.Memory, r.cpus()
-	} else {
-		for _, r := range containers {
-			memory += max(r.Memory, 0)
-			cpus += r.cpus()
+	for _, r := range containers {
+		memory += max(r.Memory, 0)
+		cpus += r.cpus()
+	}
+	if r := pod.Resources; r != nil {
+		if r.Memory > 0 {
+			memory = r.Memory
+		}
+		if r.cpus() > 0 {
+			cpus = r.cpus()
 		}
 	}
 	if memory > 0 {
@@ -85,14 +112,24 @@ func (p *Pod) sizeFor(pod PodConfig, containers []Resources) vmm.Size {
 		}
 		memory += own
 	}
-	whole := int(cpus)
-	if float64(whole) < cpus {
-		whole++
+	least := p.m.o.Size
+	return vmm.Size{CPUs: max(int(math.Ceil(cpus)), least.CPUs), Memory: max(memory, least.Memory)}
+}
+
+// sizeAfter is sizeFor when a container's limits change. Where they rise, what was said of the pod as a
+// whole was said before that, and the containers count too.
+func (p *Pod) sizeAfter(c *Container, limits Resources) vmm.Size {
+	pod, old, all := p.record.now().Config, c.record.now().Config.Resources, append(p.limits(c.id), limits)
+	size := p.sizeFor(pod, all)
+	pod.Resources = nil
+	sum := p.sizeFor(pod, all)
+	if limits.Memory > old.Memory {
+		size.Memory = max(size.Memory, sum.Memory)
 	}
-	return vmm.Size{
-		CPUs:   min(max(whole, least.CPUs), most.CPUs),
-		Memory: min(max(memory, least.Memory), most.Memory),
+	if limits.cpus() > old.cpus() {
+		size.CPUs = max(size.CPUs, sum.CPUs)
 	}
+	return size
 }
 
 // defaultPeriod is that of a CPU quota without one, in microseconds.

@@ -30,8 +30,8 @@ type Config struct {
 	VM     struct {
 		CPUs      int    `toml:"cpus" comment:"vCPUs of a pod without a CPU limit."`
 		Memory    Size   `toml:"memory" comment:"Memory of a pod without a memory limit. It costs nothing until it is used."`
-		MaxCPUs   int    `toml:"max_cpus" comment:"What a pod can be resized to. 0: all of the node's."`
-		MaxMemory Size   `toml:"max_memory" comment:"What a pod can be resized to. 0: all of the node's."`
+		MaxCPUs   int    `toml:"max_cpus" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
+		MaxMemory Size   `toml:"max_memory" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
 		Template  string `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`
 		Warm      int    `toml:"warm" comment:"Clones that are kept ready for pods to come, at most 16: such a pod starts faster, each takes some 20 MiB. 0: none. Not with vm.template = namespace or pod."`
 		DAX       bool   `toml:"dax" comment:"With Cloud Hypervisor, pods of one image share its pages on the node. false: each guest caches what it reads, in memory of its own."`

@@ -79,8 +79,8 @@ type VM interface {
 	AddNIC(ctx context.Context, n NIC) error
 	// Resize sets vCPUs and memory and returns what was reached. That is more than asked for where
 	// the guest does not give memory or vCPUs back, or the VMM can't take them, and less where the
-	// guest does not take what it is given; neither is an error. Values beyond Config.Max, and less
-	// than one vCPU, are errdefs.ErrOutOfRange.
+	// guest does not take what it is given, or where Config.Most is less; neither is an error. Values
+	// beyond Config.Max, and less than one vCPU, are errdefs.ErrOutOfRange.
 	Resize(ctx context.Context, s Size) (Size, error)
 	// Info tells what the VM is now. It never blocks.
 	Info() Info
@@ -120,6 +120,19 @@ type Config struct {
 	// Cgroup, where set, is the absolute path of an existing cgroup v2 directory into which the
 	// VMM process is started.
 	Cgroup string `json:",omitempty"`
+}
+
+// memoryBlock is what a guest's memory can grow by, in bytes: the blocks that Linux on x86 adds.
+const memoryBlock = 128 << 20
+
+// Most is the largest size that the VM can reach: Max, with memory in whole blocks.
+func (c Config) Most() Size {
+	return Size{CPUs: max(c.Max.CPUs, c.Size.CPUs), Memory: c.Size.Memory + c.Pluggable()}
+}
+
+// Pluggable is how much memory can be added, in bytes.
+func (c Config) Pluggable() int64 {
+	return max(c.Max.Memory-c.Size.Memory, 0) / memoryBlock * memoryBlock
 }
 
 // Size is what a VM has: vCPUs, and bytes of memory.

@@ -123,7 +123,7 @@ func bootConfig(c vmm.Config) vmConfig {
 		CPUs: cpusConfig{Boot: c.Size.CPUs, Max: c.Max.CPUs},
 		Memory: memoryConfig{HotplugMethod: "VirtioMem", Zones: []zoneConfig{{
 			ID: zone, Size: c.Size.Memory, File: c.MemoryFile, Shared: c.MemoryFile != "",
-			HotplugSize: hotplugSize(c),
+			HotplugSize: c.Pluggable(),
 		}}},
 		Payload: payloadConfig{c.Kernel, c.Initrd, "console=ttyS0 " + c.Cmdline},
 		Balloon: balloonConfig{DeflateOnOOM: true, FreePageReporting: true},
@@ -140,11 +140,6 @@ func bootConfig(c vmm.Config) vmConfig {
 
 func disk(d vmm.Disk) diskConfig {
 	return diskConfig{machine.DiskID(d.Serial), d.Path, d.ReadOnly, d.Serial, 1, "Raw"}
-}
-
-// hotplugSize is how many bytes of memory can be added to a VM.
-func hotplugSize(c vmm.Config) int64 {
-	return max(c.Max.Memory-c.Size.Memory, 0) / memoryBlock * memoryBlock
 }
 
 // cloneDir makes the folder that a clone is restored from: the template's files by symbolic links,

@@ -177,7 +177,7 @@ func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 // plan is the memory to ask for: what the VM was booted with can't be unplugged, and the rest comes
 // in blocks.
 func (v *vm) plan(memory int64) int64 {
-	base, most := v.Config.Size.Memory, hotplugSize(v.Config)
+	base, most := v.Config.Size.Memory, v.Config.Pluggable()
 	blocks := (max(memory-base, 0) + memoryBlock - 1) / memoryBlock
 	return base + min(blocks*memoryBlock, most)
 }

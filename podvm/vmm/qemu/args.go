@@ -99,8 +99,7 @@ func (s shape) memory(c vmm.Config) []string {
 
 // hotplug is how many bytes of memory can be added.
 func (s shape) hotplug() int64 {
-	const align = 128 << 20 // the guest's memory blocks
-	return max(s.Max.Memory-s.Size.Memory, 0) / align * align
+	return vmm.Config{Size: s.Size, Max: s.Max}.Pluggable()
 }
 
 // escape doubles commas, which separate QEMU's options.

@@ -301,8 +301,8 @@ func (v *FakeVM) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 	if s.CPUs < 1 || s.CPUs > v.config.Max.CPUs || s.Memory > v.config.Max.Memory {
 		return v.size, fmt.Errorf("size %+v is beyond %+v: %w", s, v.config.Max, errdefs.ErrOutOfRange)
 	}
-	v.size = s
-	return s, nil
+	v.size = vmm.Size{CPUs: s.CPUs, Memory: min(s.Memory, v.config.Most().Memory)}
+	return v.size, nil
 }
 
 // Info implements vmm.VM.
