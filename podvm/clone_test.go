@@ -2,12 +2,15 @@ package podvm
 
 import (
 	"context"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
@@ -19,10 +22,12 @@ type oneTemplate struct {
 	dir    string
 	err    error
 	failed atomic.Int32
+	worked atomic.Int32
 }
 
 func (o *oneTemplate) Template(context.Context, string) (string, error) { return o.dir, o.err }
 func (o *oneTemplate) Failed(string)                                    { o.failed.Add(1) }
+func (o *oneTemplate) Worked(string)                                    { o.worked.Add(1) }
 func (o *oneTemplate) Disk(dir string) string                           { return filepath.Join(dir, "disk.img") }
 
 // starts counts what metrics are told.
@@ -67,7 +72,7 @@ func TestPodsAreClones(t *testing.T) {
 		}
 		paths[c.Disk.Path] = true
 	}
-	if len(paths) != 2 || seen.all.Load() != 2 || seen.fallbacks.Load() != 0 {
+	if len(paths) != 2 || seen.all.Load() != 2 || seen.fallbacks.Load() != 0 || template.worked.Load() != 2 {
 		t.Errorf("%d disks, %d starts, %d fallbacks", len(paths), seen.all.Load(), seen.fallbacks.Load())
 	}
 }
@@ -95,6 +100,9 @@ func TestFailedCloneIsBootedCold(t *testing.T) {
 				n.agentOf(v.ID()).serve(c)
 			}
 		},
+		"silence": func(n *node, _ *oneTemplate) {
+			n.silent(func(v *vmmtest.FakeVM) bool { return v.Config().Template != "" })
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n, template, seen := cloningNode(t)
@@ -108,6 +116,48 @@ func TestFailedCloneIsBootedCold(t *testing.T) {
 			if err := unix.Stat(c.Disk.Path, &st); err != nil || st.Size != 16<<20 {
 				t.Errorf("disk of %d bytes, %v: want one of its own", st.Size, err)
 			}
+		})
+	}
+}
+
+// silent has the guests of these VMs take streams and say nothing, and has nobody wait long for that.
+func (n *node) silent(which func(*vmmtest.FakeVM) bool) {
+	n.patience = 100 * time.Millisecond
+	n.Manager.patience = n.patience
+	n.driver.Serve = func(v *vmmtest.FakeVM, c net.Conn) {
+		if which(v) {
+			io.Copy(io.Discard, c) // until who dialled hangs up
+			c.Close()
+			return
+		}
+		n.agentOf(v.ID()).serve(c)
+	}
+}
+
+// TestCloneIsNotToBlame: that it was given up for another reason, or had no room, says nothing of its
+// template.
+func TestCloneIsNotToBlame(t *testing.T) {
+	for name, spoil := range map[string]func(n *node){
+		"given up": func(n *node) {
+			dialled := make(chan struct{})
+			n.driver.Serve = func(_ *vmmtest.FakeVM, c net.Conn) { close(dialled); io.Copy(io.Discard, c) }
+			n.network.failing("Setup", errInjected)
+			n.network.hook = func() { <-dialled }
+		},
+		"no room": func(n *node) {
+			n.driver.Refuse = func(vmm.Config) error { return errdefs.ErrResourceExhausted }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, template, _ := cloningNode(t)
+			spoil(n)
+			if _, err := n.Run(soon(t), podConfig("web")); err == nil {
+				t.Error("it started")
+			}
+			if f := template.failed.Load(); f != 0 {
+				t.Errorf("%d failures are told", f)
+			}
+			n.nothingLeft()
 		})
 	}
 }

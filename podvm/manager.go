@@ -41,8 +41,10 @@ type Images interface {
 
 // Templates is what podvm needs of the template store.
 type Templates interface {
-	// Template returns the folder of the scope's template; Failed reports a clone that did not start.
+	// Template returns the folder of the scope's template; Worked reports a clone that answered, Failed
+	// one that did not start.
 	Template(ctx context.Context, scope string) (string, error)
+	Worked(dir string)
 	Failed(dir string)
 	// Disk is what the scratch disk of a clone begins as a copy of.
 	Disk(dir string) string
@@ -88,6 +90,8 @@ type Manager struct {
 	syncer  *syncer
 	events  broker
 	pool    *pool
+	// patience is answerLimit.
+	patience time.Duration
 
 	mu         sync.Mutex
 	pods       map[string]*Pod
@@ -121,7 +125,7 @@ const (
 // New makes a Manager. Its caller holds the locks on Root and State.
 func New(o Options) (*Manager, error) {
 	m := &Manager{
-		o: o, layout: layout{o.Root, o.State},
+		o: o, layout: layout{o.Root, o.State}, patience: answerLimit,
 		pods: map[string]*Pod{}, containers: map[string]*Container{}, names: map[podName]*start{},
 	}
 	for _, dir := range []string{m.layout.pods(), o.State} {

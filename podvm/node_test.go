@@ -40,7 +40,9 @@ type node struct {
 	mu     sync.Mutex
 	agents map[string]*fakeAgent // by pod
 	warm   int
-	born   func(a *fakeAgent) // called with each agent before its first stream is answered
+	// patience, if set before start, is how long clones may take to answer.
+	patience time.Duration
+	born     func(a *fakeAgent) // called with each agent before its first stream is answered
 }
 
 func newNode(t *testing.T) *node {
@@ -80,6 +82,9 @@ func (n *node) start() {
 		n.t.Fatal(err)
 	}
 	m.pool.quiet = time.Millisecond
+	if n.patience > 0 {
+		m.patience = n.patience
+	}
 	m.Warm()
 }
 

@@ -298,15 +298,18 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 		err = b.time("vm", func() error { return b.start(ctx, driver, c) })
 	}
 	if err == nil {
-		soon, cancel := context.WithTimeout(ctx, answerLimit)
+		soon, cancel := context.WithTimeout(ctx, b.m.patience)
 		err = b.greet(soon)
 		cancel()
 	}
 	if err == nil {
+		o.Templates.Worked(c.Template)
 		return nil
 	}
 	err = b.explain(err)
-	o.Templates.Failed(c.Template)
+	if ctx.Err() == nil && !errdefs.IsResourceExhausted(err) { // else it is not the template's fault
+		o.Templates.Failed(c.Template)
+	}
 	b.config = cold
 	return errors.Join(err, b.retract(context.WithoutCancel(ctx)))
 }

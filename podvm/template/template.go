@@ -57,8 +57,9 @@ type Store struct {
 	cancel  context.CancelCauseFunc
 	making  sync.WaitGroup
 
-	mu      sync.Mutex
-	entries map[string]*entry // by scope
+	mu       sync.Mutex
+	entries  map[string]*entry // by scope
+	failures map[string]int    // by folder: clones that failed in a row
 }
 
 // entry is one template, or the attempt to have it.
@@ -82,7 +83,7 @@ func New(o Options) (*Store, error) {
 	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("templates: %w", err)
 	}
-	s := &Store{options: o, entries: map[string]*entry{}}
+	s := &Store{options: o, entries: map[string]*entry{}, failures: map[string]int{}}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	return s, s.sweep()
 }
@@ -152,7 +153,7 @@ func (s *Store) key(scope string) string {
 }
 
 // Template returns the folder of the scope's template, which it makes, once, when there is none
-// or when the one there is was damaged. Concurrent callers wait for the same one. An error is
+// or when the one there is was damaged or of no use. Concurrent callers wait for the same one. An error is
 // remembered for a minute; it is errdefs.ErrNotImplemented where the driver has no snapshots.
 func (s *Store) Template(ctx context.Context, scope string) (string, error) {
 	e := s.entry(scope)
@@ -198,17 +199,21 @@ func (s *Store) fill(e *entry, scope string) {
 	start := time.Now()
 	err := fullCheck(dir)
 	if err == nil {
+		err = s.useless(dir)
+	}
+	if err == nil {
 		slog.Info("template found", "template", filepath.Base(dir), "ms", time.Since(start).Milliseconds())
 		e.dir, e.size = dir, diskUsage(dir)
 		return
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		slog.Warn("template is damaged and made anew", "template", filepath.Base(dir), "err", err)
+		slog.Warn("template is made anew", "template", filepath.Base(dir), "err", err)
 	}
 	if err := s.make(ctx, dir, scope); err != nil {
 		e.err, e.until = fmt.Errorf("make template: %w", err), time.Now().Add(retry)
 		return
 	}
+	s.Worked(dir) // as far as is known
 	e.dir, e.size = dir, diskUsage(dir)
 	slog.Info("template made", "template", filepath.Base(dir), "bytes", e.size, "ms", time.Since(start).Milliseconds())
 }
@@ -336,11 +341,32 @@ func hangUp(conn net.Conn) error {
 	return nil
 }
 
+// failuresMax is how many clones in a row may fail before a template that is whole is of no use all the
+// same: it may have been made in a bad moment.
+const failuresMax = 2
+
+func (s *Store) useless(dir string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := s.failures[dir]; n >= failuresMax {
+		return fmt.Errorf("%d clones in a row did not start", n)
+	}
+	return nil
+}
+
+// Worked tells the store that a clone of dir has answered.
+func (s *Store) Worked(dir string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.failures, dir)
+}
+
 // Failed tells the store that a clone of dir did not start. The template is checked whole before it
-// is used again.
+// is used again, and made anew when that happens again and again.
 func (s *Store) Failed(dir string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.failures[dir]++
 	for scope, e := range s.entries {
 		select {
 		case <-e.ready:

@@ -164,6 +164,22 @@ func TestDamagedIsMadeAnew(t *testing.T) {
 	}
 }
 
+func TestUselessIsMadeAnew(t *testing.T) {
+	d := &driver{}
+	s := store(t, options(t, d))
+	dir := get(t, s, "")
+	for i, step := range []struct {
+		tell func(string)
+		made int32
+	}{{s.Failed, 1}, {s.Worked, 1}, {s.Failed, 1}, {s.Failed, 2}, {s.Failed, 2}, {s.Failed, 3}} {
+		step.tell(dir)
+		get(t, s, "")
+		if n := d.launched.Load(); n != step.made {
+			t.Fatalf("step %d: made %d times, want %d", i, n, step.made)
+		}
+	}
+}
+
 func TestCutShortIsSeenWithoutBeingTold(t *testing.T) {
 	d := &driver{}
 	s := store(t, options(t, d))
