@@ -224,9 +224,7 @@ func (b *birth) warmUp(ctx context.Context) error {
 	if err := b.open(); err != nil {
 		return err
 	}
-	err := b.clone(ctx, b.m.o.Driver)
-	b.config.Tap.Close()
-	if err != nil {
+	if err := b.clone(ctx, b.m.o.Driver); err != nil {
 		return err
 	}
 	rpc, err := b.client.RPC(ctx)
@@ -249,5 +247,6 @@ func (b *birth) warmUp(ctx context.Context) error {
 func (b *birth) discard() error {
 	ctx, cancel := context.WithTimeout(context.Background(), eraseLimit)
 	defer cancel()
+	defer b.closeTap()
 	return b.erase(ctx)
 }

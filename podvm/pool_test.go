@@ -3,7 +3,11 @@ package podvm
 import (
 	"maps"
 	"os"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
 // warmNode keeps one clone warm.
@@ -108,7 +112,43 @@ func TestWarmAndTheDaemonEnds(t *testing.T) {
 	n.isGone(second)
 }
 
-// TestWarmPodUndone: a start that fails takes back what came from the pool.
+// TestWarmCloneIsOfNoUse: one that has died, or hangs, is replaced, and the pod starts.
+func TestWarmCloneIsOfNoUse(t *testing.T) {
+	for name, spoil := range map[string]func(v *vmmtest.FakeVM, hangs chan struct{}){
+		"dead":  func(v *vmmtest.FakeVM, _ chan struct{}) { v.End(errInjected) },
+		"hangs": func(_ *vmmtest.FakeVM, hangs chan struct{}) { <-hangs },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, seen := warmNode(t)
+			n.Manager.patience = time.Second
+			first, hangs := n.awaitWarm(), make(chan struct{})
+			defer close(hangs)
+			warm, a := n.driver.VMs()[0], n.agentOf(first)
+			var asked atomic.Bool
+			a.do(func() {
+				a.before["Setup"] = func() {
+					if !asked.Swap(true) {
+						spoil(warm, hangs)
+					}
+				}
+			})
+			p := n.pod(podConfig("web"))
+			if s := p.Status(); p.id != first || s.State != Ready || s.VMM.PID == warm.Info().PID || seen.warm.Load() != 0 || seen.all.Load() != 1 {
+				t.Errorf("the pod is %s, %+v, %d of %d from the pool", p.id, s, seen.warm.Load(), seen.all.Load())
+			}
+			n.running(p, containerConfig("main"))
+			if c := p.record.now().VM; c.Template == "" {
+				t.Error("it was booted cold")
+			}
+			if err := p.Remove(soon(t)); err != nil {
+				t.Fatal(err)
+			}
+			n.isGone(first)
+		})
+	}
+}
+
+// TestWarmPodUndone: a start that fails, whatever VM the pod has, takes back what came from the pool.
 func TestWarmPodUndone(t *testing.T) {
 	for _, method := range []string{"Setup", "Network"} {
 		t.Run(method, func(t *testing.T) {

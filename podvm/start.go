@@ -43,6 +43,7 @@ func newBirth(p *Pod) *birth {
 
 // startPod makes a pod: network and VM at the same time, then what needs both. What fails is undone.
 func (m *Manager) startPod(ctx context.Context, b *birth, c PodConfig) error {
+	defer b.closeTap()
 	if err := b.run(ctx, c); err != nil {
 		err = b.explain(err)
 		b.abandon(err)
@@ -145,6 +146,13 @@ func (b *birth) open() (err error) {
 	return err
 }
 
+// closeTap closes the tap, which was kept open in case that another VM is to have it.
+func (b *birth) closeTap() {
+	if b.config.Tap != nil {
+		b.config.Tap.Close()
+	}
+}
+
 // connect gives the pod its network, and the VM the cards for it that it does not have yet.
 func (b *birth) connect(ctx context.Context) error {
 	err := b.time("network", func() (err error) {
@@ -196,27 +204,62 @@ func (b *birth) addNICs(ctx context.Context) error {
 
 // boot starts the VM, and gives it its identity and its size.
 func (b *birth) boot(ctx context.Context) error {
-	if err := b.bring(ctx); err != nil {
-		return err
+	if b.warm {
+		if err := b.takeOver(ctx); err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			if err := b.putBack(context.WithoutCancel(ctx), err); err != nil {
+				return err
+			}
+		}
+	}
+	taken := b.warm
+	if !taken {
+		if err := b.launch(ctx); err != nil {
+			return err
+		}
 	}
 	close(b.launched)
-	rpc, err := b.client.RPC(ctx)
-	if err != nil {
-		return err
-	}
-	if err := b.time("setup", func() error { return b.identify(ctx, rpc) }); err != nil {
-		return err
+	if !taken {
+		if err := b.setUp(ctx); err != nil {
+			return err
+		}
 	}
 	return b.time("size", func() error { return b.fit(ctx, b.record.now().Config, nil) })
 }
 
-// bring has the VM run in the pod's cgroup.
-func (b *birth) bring(ctx context.Context) error {
-	if b.warm {
-		return b.time("vm", func() error { return b.enter(ctx) })
+// takeOver makes a warm VM, which may have died or hang meanwhile, the pod's.
+func (b *birth) takeOver(ctx context.Context) error {
+	if err := b.time("vm", func() error { return b.enter(ctx) }); err != nil {
+		return err
 	}
-	defer b.config.Tap.Close()
-	return b.launch(ctx)
+	ctx, cancel := context.WithTimeout(ctx, b.m.patience)
+	defer cancel()
+	return b.setUp(ctx)
+}
+
+// putBack takes back a warm VM, so that the pod starts as if there had been none.
+func (b *birth) putBack(ctx context.Context, cause error) error {
+	cause = b.explain(cause)
+	slog.Warn("a warm clone is taken back, and the pod gets another VM", "pod", b.id, "err", cause)
+	b.client.Close() // an error is that of a stream which is of no use any more
+	if err := b.retract(ctx); err != nil {
+		return errors.Join(cause, err)
+	}
+	b.client = agent.NewClient(b.Pod)
+	fresh := b.m.vmConfig(b.id)
+	fresh.Tap, fresh.Cgroup = b.config.Tap, b.config.Cgroup
+	b.config, b.warm = fresh, false
+	return nil
+}
+
+func (b *birth) setUp(ctx context.Context) error {
+	rpc, err := b.client.RPC(ctx)
+	if err != nil {
+		return err
+	}
+	return b.time("setup", func() error { return b.identify(ctx, rpc) })
 }
 
 // enter moves a warm VM into the pod's cgroup. What it has used so far counts where it was used.
