@@ -135,18 +135,21 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
 		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, Warm: c.VM.Warm, Observer: d.metrics,
 	}
+	d.templates, err = template.New(template.Options{ // also without a use for it: it removes what there was
+		Dir: filepath.Join(c.Root, "templates"), Run: c.State, Driver: found.driver,
+		Depends: []string{found.driver.Version(), g.Version, hostKernel(), fmt.Sprint("scratch ", int64(c.VM.Scratch))},
+		Config: vmm.Config{
+			Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most, Disk: podvm.ScratchDisk(),
+		},
+		Wants: func(scope string) bool {
+			return c.VM.Template == "node" && scope == "" || c.VM.Template == "namespace" && scope != ""
+		},
+		MakeDisk: scratch.Create, OpenTap: network.LooseTap, Prepare: podvm.Prepare,
+	})
+	if err != nil {
+		return err
+	}
 	if c.VM.Template != "pod" {
-		d.templates, err = template.New(template.Options{
-			Dir: filepath.Join(c.Root, "templates"), Run: c.State, Driver: found.driver,
-			Depends: []string{found.driver.Version(), g.Version, hostKernel(), fmt.Sprint("scratch ", int64(c.VM.Scratch))},
-			Config: vmm.Config{
-				Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most, Disk: podvm.ScratchDisk(),
-			},
-			MakeDisk: scratch.Create, OpenTap: network.LooseTap, Prepare: podvm.Prepare,
-		})
-		if err != nil {
-			return err
-		}
 		o.Templates = d.templates
 	}
 	d.pods, err = podvm.New(o)
@@ -171,19 +174,14 @@ func (d *node) sources() metrics.Sources {
 			u, err := d.images.Usage()
 			return len(d.images.Images()), u.Bytes, err
 		},
-		Templates: func() (int, int64) {
-			if d.templates == nil {
-				return 0, 0
-			}
-			return d.templates.Usage()
-		},
+		Templates: d.templates.Usage,
 		Warm: d.pods.WarmClones,
 	}
 }
 
 // run recovers the pods, then listens.
 func (d *node) run(ctx context.Context) error {
-	if d.templates != nil && d.config.VM.Template != "namespace" {
+	if d.config.VM.Template == "node" {
 		go d.templates.Template(ctx, "") // made before the first pod asks, if it can be
 	}
 	if err := d.pods.Recover(ctx); err != nil {
@@ -231,9 +229,7 @@ func (d *node) close() {
 	if err := errors.Join(d.cri.Close(), d.pods.Close()); err != nil {
 		slog.Error("end", "err", err)
 	}
-	if d.templates != nil {
-		d.templates.Close()
-	}
+	d.templates.Close()
 	d.images.Close()
 }
 

@@ -39,6 +39,8 @@ type Options struct {
 	Depends []string
 	// Config is the VM: kernel, initramfs, command line, sizes. The rest is filled in.
 	Config vmm.Config
+	// Wants tells whether templates of a scope are used as things are configured; nil: all are. Others go.
+	Wants func(scope string) bool
 	// MakeDisk, where set, makes the file of Config.Disk.
 	MakeDisk func(path string) error
 	// OpenTap, where set, opens the tap of Config.Tap, which is needed only until the snapshot.
@@ -74,8 +76,9 @@ type entry struct {
 // retry is how long a failed attempt is not repeated: pods start cold meanwhile.
 const retry = time.Minute
 
-// New makes a Store and removes half-made templates. Complete ones of other keys go too: their
-// clones, if any, run on, because they hold the memory file open.
+// New makes a Store and removes half-made templates. Complete ones of other keys go too, and those of
+// scopes that are not wanted or, but for the node's, were not used for a day. Their clones, if any, run
+// on, because they hold the memory file open.
 func New(o Options) (*Store, error) {
 	if o.Limit == 0 {
 		o.Limit = 3 * time.Minute
@@ -103,11 +106,11 @@ func (s *Store) sweep() error {
 	}
 	for _, f := range folders {
 		dir := filepath.Join(s.options.Dir, f.Name())
-		m, err := readManifest(dir)
-		if err == nil && f.Name() == s.key(m.Scope) {
+		reason := s.obsolete(dir)
+		if reason == "" {
 			continue
 		}
-		slog.Info("remove template", "template", f.Name(), "reason", reason(err))
+		slog.Info("remove template", "template", f.Name(), "reason", reason)
 		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("templates: %w", err)
 		}
@@ -124,12 +127,30 @@ func (s *Store) sweep() error {
 	return nil
 }
 
-func reason(err error) string {
-	if err == nil {
+// unusedMax is how long the template of a namespace, which may be deleted by now, is kept without
+// anybody making a clone of it.
+const unusedMax = 24 * time.Hour
+
+// obsolete says why a template is of no use any more; "": it is.
+func (s *Store) obsolete(dir string) string {
+	m, err := readManifest(dir)
+	if err != nil {
+		return err.Error()
+	}
+	if filepath.Base(dir) != s.key(m.Scope) {
 		return "made for another guest, VMM or machine"
 	}
-	return err.Error()
+	if s.options.Wants != nil && !s.options.Wants(m.Scope) {
+		return "made for another vm.template than is configured"
+	}
+	if info, err := os.Stat(usedPath(dir)); m.Scope != "" && (err != nil || time.Since(info.ModTime()) > unusedMax) {
+		return "not used for a day"
+	}
+	return ""
 }
+
+// usedPath is the file whose time is that of the last clone.
+func usedPath(dir string) string { return filepath.Join(dir, manifestName) }
 
 // killLeft ends the VM of a template that a former daemon did not finish.
 func (s *Store) killLeft(dir string) error {
@@ -356,6 +377,10 @@ func (s *Store) useless(dir string) error {
 
 // Worked tells the store that a clone of dir has answered.
 func (s *Store) Worked(dir string) {
+	now := time.Now()
+	if err := os.Chtimes(usedPath(dir), now, now); err != nil {
+		slog.Warn("note that a template is used", "template", filepath.Base(dir), "err", err)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.failures, dir)

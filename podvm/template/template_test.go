@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -203,6 +204,36 @@ func TestOfAnotherKeyGoes(t *testing.T) {
 	}
 	if get(t, s, "") == old {
 		t.Fatal("same key")
+	}
+}
+
+// What nobody will clone goes: other scopes than are configured, and namespaces without pods.
+func TestUnusedGoes(t *testing.T) {
+	o := options(t, &driver{})
+	s := store(t, o)
+	node, old, used, fresh := get(t, s, ""), get(t, s, "old"), get(t, s, "used"), get(t, s, "new")
+	long := time.Now().Add(-unusedMax - time.Hour)
+	for _, dir := range []string{node, old, used} {
+		if err := os.Chtimes(usedPath(dir), long, long); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Worked(used)
+	for _, step := range []struct {
+		wants func(scope string) bool
+		kept  []string
+	}{
+		{nil, []string{node, used, fresh}},
+		{func(scope string) bool { return scope != "" }, []string{used, fresh}},
+		{func(string) bool { return false }, nil},
+	} {
+		o.Wants = step.wants
+		store(t, o)
+		left, err := filepath.Glob(filepath.Join(o.Dir, "*"))
+		slices.Sort(step.kept)
+		if err != nil || !slices.Equal(left, step.kept) {
+			t.Errorf("left are %q, want %q", left, step.kept)
+		}
 	}
 }
 
