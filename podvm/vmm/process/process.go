@@ -78,6 +78,9 @@ func Start(s Spec) (*Process, error) {
 		return nil, fmt.Errorf("start %s: %w", s.Path, err)
 	}
 	p, err := open(cmd.Process.Pid)
+	if err == nil {
+		err = expendable(cmd.Process.Pid)
+	}
 	if err != nil {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -86,6 +89,19 @@ func Start(s Spec) (*Process, error) {
 	p.cmd = cmd
 	go p.wait()
 	return p, nil
+}
+
+// expendable makes a process one like others for a kernel that is out of memory: it inherits the
+// daemon's protection, and no pod is to live on at the cost of the node's services.
+func expendable(pid int) error {
+	err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("0"), 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH): // it has ended already
+		return nil
+	case errors.Is(err, fs.ErrPermission): // it is more expendable, and may not become less so
+		return nil
+	}
+	return err
 }
 
 // Find returns the process if it still runs; otherwise an error that wraps fs.ErrNotExist.
