@@ -53,6 +53,13 @@ var ends = map[string][]string{
 	"github.com/hashicorp/yamux":          {"internal/serialmux"},
 }
 
+// seeded take their randomness from Go's runtime, which in every clone of a template goes on from the
+// same state: what runs in a guest takes it from the kernel, which is given entropy of its own.
+var seeded = []string{"math/rand", "math/rand/v2", "hash/maphash"}
+
+// inGuest are the rooms that the agent is made of.
+var inGuest = []string{"cmd/caisson-agent", "podvm/agent", "internal"}
+
 type pack struct {
 	ImportPath string
 	Imports    []string
@@ -119,6 +126,20 @@ func TestDirections(t *testing.T) {
 				if strings.HasPrefix(i, library) && !slices.ContainsFunc(rooms, func(r string) bool { return path == r || strings.HasPrefix(path, r+"/") }) {
 					t.Errorf("%s imports %s, whose words end in %v", path, i, rooms)
 				}
+			}
+		}
+	}
+}
+
+func TestGuestsHaveRandomnessOfTheirOwn(t *testing.T) {
+	for _, p := range packages(t) {
+		path := strings.TrimPrefix(p.ImportPath, module)
+		if !slices.ContainsFunc(inGuest, func(r string) bool { return path == r || strings.HasPrefix(path, r+"/") }) {
+			continue
+		}
+		for _, i := range p.Imports {
+			if slices.Contains(seeded, i) {
+				t.Errorf("%s imports %s: use crypto/rand", path, i)
 			}
 		}
 	}
