@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -201,8 +202,19 @@ func fallen(t *testing.T, d *harness.Daemon, c *harness.Container, want string) 
 		}
 		return nil
 	})
-	if s := c.Wait(); s.ExitCode == 0 || s.Reason == "Completed" || !strings.Contains(s.Message, want) {
-		t.Errorf("the container: %d, %q, %q, want %q", s.ExitCode, s.Reason, s.Message, want)
+	r, err := d.Runtime().PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: c.Pod.ID, Verbose: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var info struct{ Reason, Message string }
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil {
+		t.Fatal(err)
+	}
+	if info.Reason != "VMGone" || !strings.Contains(info.Message, want) {
+		t.Errorf("the pod: %q, %q, want VMGone, %q", info.Reason, info.Message, want)
+	}
+	if s := c.Wait(); s.ExitCode != 255 || s.Reason != "VMGone" || !strings.Contains(s.Message, want) {
+		t.Errorf("the container: %d, %q, %q, want 255, VMGone, %q", s.ExitCode, s.Reason, s.Message, want)
 	}
 	if _, err := c.TryExec(10, "true"); err == nil {
 		t.Error("an exec in the fallen pod succeeded")
@@ -238,7 +250,7 @@ func TestVMKilled(t *testing.T) {
 	if err := unix.Kill(pids[0], unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	fallen(t, d, c, "")
+	fallen(t, d, c, "signal: killed")
 }
 
 // TestVMKilledWhilePodStarts kills the VMM at moments all over a start. Either a cold boot takes the
@@ -311,6 +323,20 @@ func TestGuestHangs(t *testing.T) {
 	if took := time.Since(start); took > 60*time.Second {
 		t.Errorf("removal took %v", took)
 	}
+	// Nor does a daemon that is started over a VMM that hangs get an answer.
+	pids = vms(t)
+	if len(pids) != 1 {
+		t.Fatalf("VMs %v, want that of the other pod", pids)
+	}
+	if err := unix.Kill(pids[0], unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	d.Restart()
+	if s := other.Wait(); s.ExitCode != 255 || s.Reason != "Unreachable" || s.Message == "" {
+		t.Errorf("the other pod's container: %d, %q, %q", s.ExitCode, s.Reason, s.Message)
+	}
+	other.Pod.Remove()
+	none(t, d)
 }
 
 // TestVMMMissing has no VMM to start.
