@@ -10,6 +10,7 @@ import (
 
 	"github.com/caisson-vm/caisson/podvm/guestimage"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
 // script writes an executable.
@@ -81,6 +82,27 @@ func TestChooseDriver(t *testing.T) {
 				t.Errorf("left behind: %q", left)
 			}
 		})
+	}
+}
+
+// TestWhatIsChosenWorks: with QEMU as it is here, and KVM where it truly works, a guest boots.
+func TestWhatIsChosenWorks(t *testing.T) {
+	state, err := os.MkdirTemp("", "cd-") // not the test's: that one's path is too long for sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(state) })
+	config, guest := Config{Driver: "auto", State: state}, vmmtest.Guest(t)
+	config.VM.CloudHV, config.VM.QEMU = missing, "qemu-system-x86_64"
+	found, err := chooseDriver(t.Context(), config, guest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s %s: %s", found.driver.Name(), found.driver.Version(), found.reason)
+	// Emulated on a busy machine the TSC is not what the kernel measures it to be.
+	guest.Cmdline += " tsc=unstable"
+	if err := bootProbe(t.Context(), config, guest, found.driver); err != nil {
+		t.Error(err)
 	}
 }
 
