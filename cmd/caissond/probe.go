@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +23,24 @@ import (
 
 // probeLimit bounds the boot of a probe: one without hardware virtualization below KVM can hang. On
 // a busy machine where KVM itself is nested in an emulation, a boot takes half a minute.
-const probeLimit = 2 * time.Minute
+const (
+	probeLimit    = 2 * time.Minute
+	hopelessLimit = 20 * time.Second
+)
+
+// errHopeless is told of a probe that failed where hardly anything else could be expected. It is tried
+// all the same, because there are KVMs that need neither.
+var errHopeless = errors.New("the CPU offers neither VMX nor SVM")
+
+// hopeless tells whether the CPU offers no virtualization.
+func hopeless() bool {
+	if runtime.GOARCH != "amd64" {
+		return false
+	}
+	cpu, err := os.ReadFile("/proc/cpuinfo")
+	flags := strings.Fields(string(cpu))
+	return err == nil && !slices.Contains(flags, "vmx") && !slices.Contains(flags, "svm")
+}
 
 // result is a probe's, kept for as long as the machine runs.
 type result struct{ Boot, Error string }
@@ -36,16 +55,25 @@ func probe(ctx context.Context, c Config, g guestimage.Files, d program) error {
 	}
 	key := strings.Join([]string{d.Name(), d.Binary(), d.Version(), g.Version}, " ")
 	return remembered(filepath.Join(c.State, "probe.json"), key, func() error {
-		start := time.Now()
-		err := bootProbe(ctx, c, g, d)
+		start, limit := time.Now(), probeLimit
+		if hopeless() {
+			limit = hopelessLimit
+		}
+		limited, cancel := context.WithTimeout(ctx, limit)
+		defer cancel()
+		err := bootProbe(limited, c, g, d)
+		if err != nil && ctx.Err() == nil && hopeless() {
+			err = fmt.Errorf("%w: %w", errHopeless, err)
+		}
 		slog.Info("probed KVM with a guest", "driver", d.Name(), "works", err == nil, "ms", time.Since(start).Milliseconds())
 		return err
 	})
 }
 
 // remembered returns what find did when it was last called for the key since the machine started, or
-// calls it. What counts is that a guest booted, or that its VMM ended over it; a guest that took too long,
-// or a VMM that did not come so far, says something of the machine as it was just then.
+// calls it. What counts is that a guest booted, that its VMM ended over it, or that there was no hope; a
+// guest that took too long, or a VMM that did not come so far, says something of the machine as it was
+// just then.
 func remembered(path, key string, find func() error) error {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -64,7 +92,7 @@ func remembered(path, key string, find func() error) error {
 	r := result{Boot: string(boot)}
 	found := find()
 	if found != nil {
-		if !errors.Is(found, vmm.ErrGone) {
+		if !errors.Is(found, vmm.ErrGone) && !errors.Is(found, errHopeless) {
 			return found
 		}
 		r.Error = found.Error()
@@ -91,8 +119,6 @@ func bootProbe(ctx context.Context, c Config, g guestimage.Files, d vmm.Driver) 
 		return err
 	}
 	defer lock.Release()
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
-	defer cancel()
 	size := vmm.Size{CPUs: 1, Memory: 256 << 20}
 	v, err := d.Launch(ctx, vmm.Config{ID: "probe", Dir: dir, Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: size})
 	if err != nil {

@@ -22,6 +22,7 @@ func TestProbeIsRemembered(t *testing.T) {
 		"works":     {nil, true},
 		"VMM ended": {fmt.Errorf("dial: %w: KVM: internal error", vmm.ErrGone), true},
 		"too slow":  {fmt.Errorf("the guest has not come up: %w", context.DeadlineExceeded), false},
+		"no hope":   {fmt.Errorf("%w: %w", errHopeless, context.DeadlineExceeded), true},
 		"no memory": {errors.New("cannot allocate memory"), false},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -175,7 +175,7 @@ func (d *node) sources() metrics.Sources {
 			return len(d.images.Images()), u.Bytes, err
 		},
 		Templates: d.templates.Usage,
-		Warm: d.pods.WarmClones,
+		Warm:      d.pods.WarmClones,
 	}
 }
 
