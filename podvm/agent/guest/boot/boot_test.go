@@ -2,8 +2,10 @@ package boot
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -165,5 +167,33 @@ func TestInsertPackedRefuses(t *testing.T) {
 func TestModprobeFails(t *testing.T) {
 	if Modprobe(nil) == 0 || Modprobe([]string{"-q", "--", "no-such-module"}) == 0 {
 		t.Error("modprobe succeeded at nothing")
+	}
+}
+
+// The monitor's slack is its own: a thread that starts programs keeps the one it had.
+func TestCalm(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	slack := func(tid int) string {
+		t.Helper()
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/timerslack_ns", tid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(text))
+	}
+	before := slack(unix.Gettid())
+	if err := calm(); err != nil {
+		t.Fatal(err)
+	}
+	monitor, err := monitorThread("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := slack(monitor); got != "2000000" {
+		t.Errorf("the monitor's slack is %s", got)
+	}
+	if got := slack(unix.Gettid()); got != before {
+		t.Errorf("the slack of another thread became %s", got)
 	}
 }
