@@ -44,7 +44,7 @@ type Config struct {
 		BinDirs []string `toml:"bin_dirs"`
 	} `toml:"cni"`
 	Images struct {
-		RegistriesConf string   `toml:"registries_conf" comment:"containers-registries.conf(5): mirrors, insecure and blocked registries, short names. Empty: the system's."`
+		RegistriesConf string   `toml:"registries_conf" comment:"containers-registries.conf(5): mirrors, insecure and blocked registries, aliases of short names (other short names are docker.io's). Empty: the system's."`
 		Policy         string   `toml:"policy" comment:"containers-policy.json(5). Empty: the system's."`
 		Pinned         []string `toml:"pinned" comment:"Images that the kubelet must not collect as garbage."`
 	} `toml:"images"`
