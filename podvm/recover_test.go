@@ -312,17 +312,3 @@ func TestRecoverMany(t *testing.T) {
 		t.Errorf("%d pods", len(n.Pods()))
 	}
 }
-
-// TestEarlierRecord reads a record of a daemon that knew more than this one: its pods run on.
-func TestEarlierRecord(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "c.json")
-	record := `{"version":1,"record":{"ID":"x","Config":{"Mounts":[{"ContainerPath":"/m","UIDs":null,"GIDs":null}],
-		"Security":{"SELinux":{"User":"","Role":"","Type":"t","Level":""}}}}}`
-	if err := os.WriteFile(path, []byte(record), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var r containerRecord
-	if err := state.Read(path, &r); err != nil || r.Config.Mounts[0].ContainerPath != "/m" {
-		t.Errorf("got %+v, %v", r, err)
-	}
-}
