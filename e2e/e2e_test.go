@@ -31,6 +31,7 @@ func TestPods(t *testing.T) {
 		{"Exits", testExits},
 		{"Grace", testGrace},
 		{"TerminationMessage", testTerminationMessage},
+		{"Volumes", testVolumes},
 		{"Resources", testResources},
 		{"Stats", testStats},
 		{"Idempotence", testIdempotence},

@@ -78,7 +78,7 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	})
 	var made *agent.CreateResponse
 	if err := n.time("guest", func() (err error) {
-		made, err = rpc.Create(ctx, request)
+		made, err = n.askGuest(ctx, rpc, request)
 		return err
 	}); err != nil {
 		return nil, err
@@ -106,6 +106,8 @@ type newContainer struct {
 	stopwatch
 	record containerRecord
 	read   map[string]string // volumes that were copied: the version of each
+	inline int               // bytes of files in the request
+	ahead  []fileSet         // files that the guest is to have before it
 }
 
 // request is what the guest is asked for. It fills in the record.

@@ -145,7 +145,7 @@ func (n *newContainer) copyFile(to *agent.Mount, path string, info fs.FileInfo, 
 		return err
 	}
 	name := setName(path)
-	to.Source = &agent.Mount_Files{Files: &agent.Files{Name: name, Single: true, Writeback: !readOnly, Files: []*agent.File{f}}}
+	to.Source = n.give(fileSet{&agent.Files{Name: name, Single: true, Writeback: !readOnly, Files: []*agent.File{f}}, make(semaphore, 1)})
 	if !readOnly {
 		n.record.WriteBack[name] = path
 	}

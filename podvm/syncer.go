@@ -26,6 +26,7 @@ type syncer struct {
 // volume is one that guests have copies of: one guest, but for the moments when a pod is made anew.
 type volume struct {
 	pods map[*Pod]bool
+	turn semaphore // held while it is sent into a guest
 	// copying tells that a copy is being made, again that there must be another after it.
 	copying, again bool
 }
@@ -57,8 +58,18 @@ func (s *syncer) keep(p *Pod, path string) error {
 	if err := s.notify.Add(path); err != nil {
 		return fmt.Errorf("watch %s: %w; raise fs.inotify.max_user_watches", path, err)
 	}
-	s.volumes[path] = &volume{pods: map[*Pod]bool{p: true}}
+	s.volumes[path] = &volume{pods: map[*Pod]bool{p: true}, turn: make(semaphore, 1)}
 	return nil
+}
+
+// turnOf is held while a volume is sent into a guest.
+func (s *syncer) turnOf(path string) semaphore {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if v := s.volumes[path]; v != nil {
+		return v.turn
+	}
+	return make(semaphore, 1) // its pod is being removed
 }
 
 // forget ends it for all volumes of a pod.
@@ -156,7 +167,7 @@ func (p *Pod) copyAgain(path string) {
 func (p *Pod) copyOnce(path string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), syncLimit)
 	defer cancel()
-	files, err := readTree(path)
+	files, _, err := readVolume(path)
 	if err != nil {
 		return err
 	}
@@ -164,6 +175,5 @@ func (p *Pod) copyOnce(path string) error {
 	if err != nil {
 		return err
 	}
-	_, err = rpc.Files(ctx, &agent.FilesRequest{Files: &agent.Files{Name: setName(path), Files: files}})
-	return err
+	return fileSet{&agent.Files{Name: setName(path), Files: files}, p.m.syncer.turnOf(path)}.send(ctx, rpc)
 }

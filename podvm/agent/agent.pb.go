@@ -1138,6 +1138,8 @@ type Files struct {
 	Files         []*File                `protobuf:"bytes,2,rep,name=files,proto3" json:"files,omitempty"`          // empty when the set is already there
 	Single        bool                   `protobuf:"varint,3,opt,name=single,proto3" json:"single,omitempty"`       // one regular file: mounted itself, not as a directory
 	Writeback     bool                   `protobuf:"varint,4,opt,name=writeback,proto3" json:"writeback,omitempty"` // single only: what containers write comes back in ContainerState.files at exit
+	More          bool                   `protobuf:"varint,5,opt,name=more,proto3" json:"more,omitempty"`           // in Files, not single: a piece of the set, which is complete after the piece without
+	Before        uint32                 `protobuf:"varint,6,opt,name=before,proto3" json:"before,omitempty"`       // how many files the pieces before this one had; 0 begins anew
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1198,6 +1200,20 @@ func (x *Files) GetWriteback() bool {
 		return x.Writeback
 	}
 	return false
+}
+
+func (x *Files) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+func (x *Files) GetBefore() uint32 {
+	if x != nil {
+		return x.Before
+	}
+	return 0
 }
 
 type File struct {
@@ -2729,12 +2745,14 @@ const file_agent_proto_rawDesc = "" +
 	"\x04disk\x18\x05 \x01(\v2\x1b.caisson.agent.v1.DiskMountH\x00R\x04disk\x12/\n" +
 	"\x05share\x18\x06 \x01(\v2\x17.caisson.agent.v1.ShareH\x00R\x05share\x127\n" +
 	"\x06device\x18\a \x01(\v2\x1d.caisson.agent.v1.BlockDeviceH\x00R\x06deviceB\b\n" +
-	"\x06source\"\x7f\n" +
+	"\x06source\"\xab\x01\n" +
 	"\x05Files\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12,\n" +
 	"\x05files\x18\x02 \x03(\v2\x16.caisson.agent.v1.FileR\x05files\x12\x16\n" +
 	"\x06single\x18\x03 \x01(\bR\x06single\x12\x1c\n" +
-	"\twriteback\x18\x04 \x01(\bR\twriteback\"\x84\x01\n" +
+	"\twriteback\x18\x04 \x01(\bR\twriteback\x12\x12\n" +
+	"\x04more\x18\x05 \x01(\bR\x04more\x12\x16\n" +
+	"\x06before\x18\x06 \x01(\rR\x06before\"\x84\x01\n" +
 	"\x04File\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x10\n" +

@@ -22,6 +22,9 @@ type fileSets struct {
 	// turn holds a token: who has it may change files.
 	turn chan struct{}
 
+	// coming are sets whose last piece is not there yet. Only the token's holder looks at them.
+	coming map[string]*pieces
+
 	mu   sync.Mutex
 	sets map[string]fileSet
 }
@@ -34,7 +37,7 @@ type fileSet struct {
 }
 
 func newFileSets(dir string) *fileSets {
-	f := &fileSets{dir: dir, turn: make(chan struct{}, 1), sets: make(map[string]fileSet)}
+	f := &fileSets{dir: dir, turn: make(chan struct{}, 1), coming: make(map[string]*pieces), sets: make(map[string]fileSet)}
 	f.turn <- struct{}{}
 	return f
 }
@@ -53,7 +56,7 @@ func (f *fileSets) lookup(name string) (fileSet, bool) {
 }
 
 // put makes the set's content what the request says and returns where it is. A known set without
-// files in the request stays as it is.
+// files in the request stays as it is; a piece that is not the last makes no set yet.
 func (f *fileSets) put(ctx context.Context, req *agent.Files) (string, error) {
 	select {
 	case <-f.turn:
@@ -69,11 +72,16 @@ func (f *fileSets) put(ctx context.Context, req *agent.Files) (string, error) {
 		return "", fmt.Errorf("files %q: single file or directory, not both: %w", req.Name, errdefs.ErrInvalidArgument)
 	case known && len(req.Files) == 0:
 		return s.path, nil
+	case len(req.Files) == 0:
+		return "", fmt.Errorf("no files %q in this pod: %w", req.Name, errdefs.ErrNotFound)
 	case !known:
 		s = fileSet{path: filepath.Join(f.dir, hashed(req.Name)), single: req.Single}
 	}
-	if err := s.write(req.Files); err != nil {
+	if err := f.write(&s, req); err != nil {
 		return "", fmt.Errorf("files %q: %w", req.Name, err)
+	}
+	if req.More {
+		return s.path, nil
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -81,29 +89,32 @@ func (f *fileSets) put(ctx context.Context, req *agent.Files) (string, error) {
 	return s.path, nil
 }
 
-// update replaces the content of a set that containers have mounted already.
-func (f *fileSets) update(ctx context.Context, req *agent.Files) error {
-	if _, ok := f.lookup(req.GetName()); !ok {
-		return fmt.Errorf("no files %q in this pod: %w", req.GetName(), errdefs.ErrNotFound)
-	}
-	_, err := f.put(ctx, req)
-	return err
-}
-
-func (s *fileSet) write(files []*agent.File) error {
-	if !s.single {
-		if err := os.MkdirAll(s.path, 0o755); err != nil {
-			return err
+// write brings what the request has of the set. The caller has the token.
+func (f *fileSets) write(s *fileSet, req *agent.Files) error {
+	p := f.coming[req.Name]
+	delete(f.coming, req.Name)
+	if s.single {
+		if len(req.Files) != 1 || req.More || req.Before > 0 {
+			return fmt.Errorf("%d files in place of one: %w", len(req.Files), errdefs.ErrInvalidArgument)
 		}
-		return syncTree(s.path, files)
+		return s.writeOne(req.Files[0])
 	}
-	switch len(files) {
-	case 0:
-		return s.writeOne(&agent.File{Mode: 0o644})
-	case 1:
-		return s.writeOne(files[0])
+	if req.Before == 0 {
+		p = newPieces()
 	}
-	return fmt.Errorf("%d files in place of one: %w", len(files), errdefs.ErrInvalidArgument)
+	if p == nil || p.count != int(req.Before) {
+		return fmt.Errorf("a piece that does not follow the one before; begin anew: %w", errdefs.ErrFailedPrecondition)
+	}
+	if err := os.MkdirAll(s.path, 0o755); err != nil {
+		return err
+	}
+	if err := p.sync(s.path, req.Files, req.More); err != nil {
+		return err
+	}
+	if req.More {
+		f.coming[req.Name] = p
+	}
+	return nil
 }
 
 // writeOne makes a single file the host's, unless a container has written it: that is not on the host

@@ -18,37 +18,72 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tree is a directory being made equal to a list of files, in an order in which its readers never
-// see a mixture: what "..data" will lead to is complete before "..data" is switched, and what it
-// led to goes last.
-type tree struct {
-	root *os.Root
-	want map[string]*agent.File
+// pieces are what has come of a directory's new content, which is a list of files.
+type pieces struct {
+	want  map[string]bool // by path
+	links []*agent.File   // made with the last piece
+	count int             // of files
+	size  int             // of their content, in bytes
 }
 
-// syncTree makes a directory's content equal to the files.
-func syncTree(dir string, files []*agent.File) error {
+func newPieces() *pieces { return &pieces{want: make(map[string]bool)} }
+
+// sync makes a directory's content equal to the files of all pieces, of which this is one, in an order
+// in which its readers never see a mixture: what "..data" will lead to is complete before "..data" is
+// switched, and what it led to goes last. While there is more to come, no link is made and nothing goes.
+func (p *pieces) sync(dir string, files []*agent.File, more bool) error {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	t := tree{root, make(map[string]*agent.File, len(files))}
+	now, err := p.take(files)
+	if err != nil {
+		return err
+	}
+	if !more {
+		now = append(now, p.links...)
+	}
+	t := tree{root, p.want}
+	for _, f := range slices.SortedFunc(slices.Values(now), order) {
+		if err := t.put(f); err != nil {
+			return fmt.Errorf("%s: %w", f.Path, err)
+		}
+	}
+	if more {
+		return nil
+	}
+	return t.prune()
+}
+
+// take notes a piece's files and returns those that are no links.
+func (p *pieces) take(files []*agent.File) ([]*agent.File, error) {
+	var now []*agent.File
 	for _, f := range files {
 		if f.Path == "" {
 			f.Path = "."
 		}
 		if !filepath.IsLocal(f.Path) || path.Clean(f.Path) != f.Path {
-			return fmt.Errorf("path %q leads out of its directory: %w", f.Path, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("path %q leads out of its directory: %w", f.Path, errdefs.ErrInvalidArgument)
 		}
-		t.want[f.Path] = f
-	}
-	for _, f := range slices.SortedFunc(slices.Values(files), order) {
-		if err := t.put(f); err != nil {
-			return fmt.Errorf("%s: %w", f.Path, err)
+		p.want[f.Path] = true
+		p.count, p.size = p.count+1, p.size+len(f.Content)
+		if f.Mode&unix.S_IFMT == unix.S_IFLNK {
+			p.links = append(p.links, f)
+		} else {
+			now = append(now, f)
 		}
 	}
-	return t.prune()
+	if p.count > agent.FilesMax || p.size > agent.FilesSize {
+		return nil, fmt.Errorf("more than %d files or %d bytes: %w", agent.FilesMax, agent.FilesSize, errdefs.ErrInvalidArgument)
+	}
+	return now, nil
+}
+
+// tree is a directory whose content becomes what is wanted.
+type tree struct {
+	root *os.Root
+	want map[string]bool
 }
 
 // order sorts directories first, parents before children; then files; then links, those inside of

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -37,5 +38,57 @@ func TestHoldsOnlyItsContent(t *testing.T) {
 		if got := (tree{root: root}).holds(f); got != (name == "same") {
 			t.Errorf("%s: %v", name, got)
 		}
+	}
+}
+
+// TestPieces: a set that comes in pieces is seen when the last is there, and not before; what was
+// begun and not ended harms nothing.
+func TestPieces(t *testing.T) {
+	f := newFileSets(t.TempDir())
+	put := func(before int, more bool, list ...*agent.File) (string, error) {
+		return f.put(t.Context(), &agent.Files{Name: "config", Before: uint32(before), More: more, Files: list})
+	}
+	must := func(dir string, err error) string {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	one, two, three := configMap("1", "one"), configMap("2", "two"), configMap("3", "three")
+	must(put(0, true, one[:3]...))
+	if _, err := f.put(t.Context(), files("config")); !errdefs.IsNotFound(err) {
+		t.Errorf("half a set: got %v", err)
+	}
+	dir := must(put(3, false, one[3:]...))
+	check := func(want string) {
+		t.Helper()
+		if b, err := os.ReadFile(filepath.Join(dir, "key")); string(b) != want {
+			t.Errorf("got %q, %v, want %q", b, err, want)
+		}
+	}
+	check("one")
+	must(put(0, true, two...))
+	check("one")
+	for before, p := range map[int][]*agent.File{1: two[:1], len(two) + 1: two[:1]} { // gone with the first of them
+		if _, err := put(before, false, p...); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("a piece after %d files: got %v", before, err)
+		}
+	}
+	check("one")
+	must(put(0, true, two[:1]...))
+	must(put(0, true, three...)) // begun anew
+	must(put(len(three), false, &agent.File{Path: "..v3/more", Mode: 0o600}))
+	check("three")
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 3 {
+		t.Errorf("it holds %v, %v, want ..data, ..v3 and key", entries, err)
+	}
+	must(put(0, true, &agent.File{Path: "big", Mode: 0o600, Content: make([]byte, agent.FilesSize)}))
+	if _, err := put(1, true, &agent.File{Path: "small", Mode: 0o600, Content: []byte{1}}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("more than there may be: got %v", err)
+	}
+	if _, err := f.put(t.Context(), &agent.Files{Name: "single", Single: true, More: true, Files: two[3:]}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a piece of a single file: got %v", err)
 	}
 }

@@ -126,7 +126,7 @@ func TestSyncTree(t *testing.T) {
 		{Path: "empty", Mode: unix.S_IFDIR | 0o700},
 		{Path: ".", Mode: unix.S_IFDIR | 0o755},
 	}
-	if err := syncTree(dir, list); err != nil {
+	if err := newPieces().sync(dir, list, false); err != nil {
 		t.Fatal(err)
 	}
 	if b, err := os.ReadFile(outside); string(b) != "safe" {
@@ -145,18 +145,18 @@ func TestSyncTree(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 	// A file where a folder was, and the reverse; the rest goes.
-	if err := syncTree(dir, []*agent.File{{Path: "deep", Mode: 0o644}, {Path: "trap/in", Mode: 0o644}, {Path: "trap", Mode: unix.S_IFDIR | 0o755}}); err != nil {
+	if err := newPieces().sync(dir, []*agent.File{{Path: "deep", Mode: 0o644}, {Path: "trap/in", Mode: 0o644}, {Path: "trap", Mode: unix.S_IFDIR | 0o755}}, false); err != nil {
 		t.Fatal(err)
 	}
 	if got := names(); !slices.Equal(got, []string{".", "deep", "trap", "trap/in"}) {
 		t.Errorf("got %q", got)
 	}
 	for _, path := range []string{"../x", "/x", "a/../../x", "a//b"} {
-		if err := syncTree(dir, []*agent.File{{Path: path, Mode: 0o644}}); !errdefs.IsInvalidArgument(err) {
+		if err := newPieces().sync(dir, []*agent.File{{Path: path, Mode: 0o644}}, false); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%q: %v", path, err)
 		}
 	}
-	if err := syncTree(dir, []*agent.File{{Path: "dev", Mode: unix.S_IFBLK | 0o644}}); !errdefs.IsInvalidArgument(err) {
+	if err := newPieces().sync(dir, []*agent.File{{Path: "dev", Mode: unix.S_IFBLK | 0o644}}, false); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a device: %v", err)
 	}
 }

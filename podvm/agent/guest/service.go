@@ -59,7 +59,8 @@ func (s service) Remove(ctx context.Context, req *agent.RemoveRequest) (*agent.E
 }
 
 func (s service) Files(ctx context.Context, req *agent.FilesRequest) (*agent.Empty, error) {
-	return &agent.Empty{}, s.a.files.update(ctx, req.Files)
+	_, err := s.a.files.put(ctx, req.GetFiles())
+	return &agent.Empty{}, err
 }
 
 func (s service) Detach(ctx context.Context, req *agent.DetachRequest) (*agent.Empty, error) {

@@ -1,0 +1,89 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/caisson-vm/caisson/e2e/harness"
+	"github.com/caisson-vm/caisson/e2e/images"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// kubeletVolume makes a volume in the way of the kubelet, or gives it a new version: a new folder,
+// and a link that is switched to it; then the old one goes. Each key has so many bytes.
+func kubeletVolume(t *testing.T, path, version string, keys, size int) {
+	t.Helper()
+	folder := "..v" + version
+	err := os.MkdirAll(filepath.Join(path, folder), 0o755)
+	for i := range keys {
+		key := fmt.Sprint("key", i)
+		err = errors.Join(err, os.WriteFile(filepath.Join(path, folder, key), bytes.Repeat([]byte(version), size), 0o644))
+		if link := filepath.Join(path, key); !exists(link) {
+			err = errors.Join(err, os.Symlink("..data/"+key, link))
+		}
+	}
+	data, next := filepath.Join(path, "..data"), filepath.Join(path, "..data_tmp")
+	old, _ := os.Readlink(data)
+	err = errors.Join(err, os.Symlink(folder, next), os.Rename(next, data))
+	if old != "" {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(path, old)))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// testVolumes gives a pod several volumes of what the API server lets a configMap have, and one of many
+// of them; then they change.
+func testVolumes(t *testing.T, d *harness.Daemon) {
+	const mib = 1 << 20
+	root := filepath.Join(t.TempDir(), "pods", "uid", "volumes")
+	keys := map[string]int{
+		"configmap/one": 1, "configmap/two": 1, "configmap/three": 1, "secret/four": 1, "configmap/five": 1, "projected/many": 12,
+	}
+	var mounts []*runtimeapi.Mount
+	for name, n := range keys {
+		path := filepath.Join(root, "kubernetes.io~"+name)
+		kubeletVolume(t, path, "1", n, mib)
+		mounts = append(mounts, &runtimeapi.Mount{HostPath: path, ContainerPath: "/" + name, Readonly: true})
+	}
+	hosts := filepath.Join(t.TempDir(), "hosts")
+	if err := os.WriteFile(hosts, []byte("127.0.0.1 localhost\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	mounts = append(mounts, &runtimeapi.Mount{HostPath: hosts, ContainerPath: "/etc/hosts"})
+	c := d.RunPod().Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) { c.Mounts = mounts })
+	if out := c.Exec("cat", "/etc/hosts"); out != "127.0.0.1 localhost\n" {
+		t.Errorf("/etc/hosts is %q", out)
+	}
+	holds := func(name, version string) error {
+		want := strings.Repeat(fmt.Sprintf("%x  -\n", sha256.Sum256(bytes.Repeat([]byte(version), mib))), keys[name])
+		got := c.Exec("sh", "-c", "for f in /"+name+"/key*; do sha256sum < $f; done; cd /"+name+"; echo ..v*")
+		if want += "..v" + version + "\n"; got != want {
+			return fmt.Errorf("%s holds\n%swant\n%s", name, got, want)
+		}
+		return nil
+	}
+	for name := range keys {
+		if err := holds(name, "1"); err != nil {
+			t.Error(err)
+		}
+	}
+	for name, n := range keys {
+		kubeletVolume(t, filepath.Join(root, "kubernetes.io~"+name), "2", n, mib)
+	}
+	for name := range keys {
+		harness.Eventually(t, "the new version", func() error { return holds(name, "2") })
+	}
+}
