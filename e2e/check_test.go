@@ -27,7 +27,7 @@ func TestCheck(t *testing.T) {
 		},
 		"CNI configuration": {
 			func(c *harness.Config) { c.CNI.ConfDir = filepath.Join(filepath.Dir(c.Root), "no-cni") },
-			"FAIL  CNI ", []string{"no-cni"},
+			"FAIL  CNI ", []string{"no-cni", "install a network plugin"},
 		},
 		"QEMU": {
 			func(c *harness.Config) { c.Driver, c.VM.QEMU = "qemu", "/no/such/qemu" },
