@@ -42,6 +42,7 @@ func TestPods(t *testing.T) {
 		{"BadNames", testBadNames},
 		{"BadExec", testBadExec},
 		{"GuestPanic", testGuestPanic},
+		{"AgentDies", testAgentDies},
 		{"Identity", testIdentity},
 	} {
 		t.Run(s.name, func(t *testing.T) { s.run(t, d.On(t)) })

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -171,6 +170,12 @@ func none(t *testing.T, d *harness.Daemon) {
 // vms are the VMMs of pods in the suite's PID namespace.
 func vms(t *testing.T) []int {
 	t.Helper()
+	return vmms(t, false)
+}
+
+// vmms are the VMMs of pods, or those that are to become templates.
+func vmms(t *testing.T, templates bool) []int {
+	t.Helper()
 	links, err := filepath.Glob("/proc/[0-9]*/exe")
 	if err != nil {
 		t.Fatal(err)
@@ -181,7 +186,8 @@ func vms(t *testing.T) []int {
 		if err != nil || !strings.Contains(exe, "qemu-system") && !strings.Contains(exe, "cloud-hypervisor") {
 			continue
 		}
-		if dir, err := os.Readlink(filepath.Join(filepath.Dir(link), "cwd")); err != nil || strings.HasPrefix(filepath.Base(dir), "template-") {
+		dir, err := os.Readlink(filepath.Join(filepath.Dir(link), "cwd"))
+		if err != nil || strings.HasPrefix(filepath.Base(dir), "template-") != templates {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
@@ -239,6 +245,33 @@ func testGuestPanic(t *testing.T, d *harness.Daemon) {
 	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
 }
 
+// testAgentDies has a privileged container write over the code of the guest's agent. The kernel keeps
+// signals from PID 1, whoever sends them, but not what the agent then does.
+func testAgentDies(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{Privileged: true}
+	})
+	c := pod.Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{
+			Privileged: true, NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_NODE},
+		}
+	})
+	_, err := c.TryExec(60, "sh", "-c", `
+while read range access rest; do
+	case $access in r-x*) break;; esac
+done < /proc/1/maps
+from=$((0x${range%-*} / 4096)) to=$((0x${range#*-} / 4096))
+dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$from count=$((to - from)) conv=notrunc
+sleep 1000`)
+	if err == nil {
+		t.Error("the exec that killed the agent succeeded")
+	}
+	fallen(t, d, c, "kill init")
+	has(t, d.Crictl("inspectp", pod.ID), "VMGone", "kill init")
+	pod.Remove()
+	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
+}
+
 // TestVMKilled kills a VMM from outside.
 func TestVMKilled(t *testing.T) {
 	d := harness.Start(t)
@@ -251,45 +284,6 @@ func TestVMKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	fallen(t, d, c, "signal: killed")
-}
-
-// TestVMKilledWhilePodStarts kills the VMM at moments all over a start. Either a cold boot takes the
-// clone's place and the pod runs, or the error says that its VM is gone; no start leaves anything.
-func TestVMKilledWhilePodStarts(t *testing.T) {
-	d := harness.Start(t)
-	d.RunPod().Remove() // there is a template now
-	for _, moment := range []time.Duration{0, 30, 60, 100, 200, 300, 500} {
-		config := d.PodConfig()
-		type result struct {
-			pod *harness.Pod
-			err error
-		}
-		started := make(chan result, 1)
-		go func() {
-			pod, err := d.TryRunPod(config)
-			started <- result{pod, err}
-		}()
-		harness.Eventually(t, "a VMM runs", func() error {
-			if len(vms(t)) == 0 {
-				return errors.New("none")
-			}
-			return nil
-		})
-		time.Sleep(moment * time.Millisecond)
-		for _, pid := range vms(t) {
-			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
-				t.Fatal(err)
-			}
-		}
-		r := <-started
-		if r.err != nil {
-			has(t, r.err.Error(), config.Metadata.Name, "gone")
-		} else {
-			r.pod.Remove()
-		}
-		none(t, d)
-	}
-	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
 }
 
 // TestGuestHangs stops a VMM: its guest answers no more. What has a limit keeps it, what has none is
