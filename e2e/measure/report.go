@@ -154,7 +154,8 @@ func (r Report) compared(i int) (names []string) {
 		return nil
 	}
 	names = append(names, r.Runtimes[0].Name)
-	if to := r.Runtimes[i].Against; to != "" && to != names[0] {
+	to := r.Runtimes[i].Against
+	if to != names[0] && slices.ContainsFunc(r.Runtimes, func(f Figures) bool { return f.Name == to }) {
 		names = append(names, to)
 	}
 	return names
