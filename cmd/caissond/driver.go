@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -59,8 +58,10 @@ func chooseDriver(ctx context.Context, c Config, g guestimage.Files) (choice, er
 		found.driver, found.reason = hv, because
 	case c.Driver == cloudhv.Name:
 		return found, hvErr
+	case qErr != nil && c.Driver == qemu.Name:
+		return found, qErr
 	case qErr != nil:
-		return found, fmt.Errorf("no VMM works: %w", errors.Join(hvErr, qErr))
+		return found, fmt.Errorf("no VMM works: %w; %w", hvErr, qErr)
 	case kvmErr != nil:
 		found.reason = fmt.Sprintf("by emulation, because KVM does not work: %v", oneLine(kvmErr))
 	case c.Driver == "auto":
