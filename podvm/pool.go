@@ -2,16 +2,12 @@ package podvm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"sync"
 	"time"
 
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
-
-	"github.com/caisson-vm/caisson/podvm/agent"
 )
 
 // pool keeps a few clones warm, for pods to come: each has its network namespace and its tap, runs, and
@@ -231,16 +227,7 @@ func (b *birth) warmUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	spec, err := ociSpec(PodConfig{}, ContainerConfig{Command: []string{"rehearsal"}}, ocispec.ImageConfig{})
-	if err != nil {
-		return err
-	}
-	data, err := json.Marshal(spec)
-	if err != nil {
-		return err
-	}
-	_, err = rpc.Rehearse(ctx, &agent.CreateRequest{Spec: data})
-	return err
+	return rehearse(ctx, rpc)
 }
 
 // discard takes back a VM that was to be a pod's. What can't be taken back now is at the next start.

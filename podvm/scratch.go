@@ -2,6 +2,7 @@ package podvm
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
@@ -63,6 +65,22 @@ func Prepare(ctx context.Context, v vmm.VM) error {
 	}
 	if _, err := rpc.Prepare(ctx, &agent.PrepareRequest{ScratchAddr: scratchAddress(), CardMac: vmm.CardMAC}); err != nil {
 		return fmt.Errorf("prepare the guest: %w", err)
+	}
+	return rehearse(ctx, rpc)
+}
+
+// rehearse has a guest that is no pod's yet take a container through its life.
+func rehearse(ctx context.Context, rpc agent.AgentClient) error {
+	spec, err := ociSpec(PodConfig{}, ContainerConfig{Command: []string{"rehearsal"}}, ocispec.ImageConfig{})
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return err
+	}
+	if _, err := rpc.Rehearse(ctx, &agent.CreateRequest{Spec: data}); err != nil {
+		return fmt.Errorf("rehearse a container: %w", err)
 	}
 	return nil
 }

@@ -45,6 +45,8 @@ type Agent struct {
 	files  *fileSets
 	vols   *volumes
 	pid    podPID
+	// sealed is crun as it is run.
+	sealed *sealed
 
 	mu sync.Mutex
 	// setup is the answer to the one Setup, nil before.
@@ -73,6 +75,10 @@ func New(o Options) (*Agent, error) {
 		return nil, fmt.Errorf("find the container runtime: %w", err)
 	}
 	o.Crun = crun
+	program, err := seal(crun)
+	if err != nil {
+		return nil, fmt.Errorf("seal the container runtime: %w", err)
+	}
 	for _, dir := range []string{"containers", "crun", "disks", "files", "layers", "volumes"} {
 		if err := os.MkdirAll(filepath.Join(o.Root, dir), 0o711); err != nil {
 			return nil, err
@@ -83,7 +89,7 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{o: o, reaper: r, watch: newHub(), containers: make(map[string]*container), scratch: o.Root}
+	a := &Agent{o: o, reaper: r, sealed: program, watch: newHub(), containers: make(map[string]*container), scratch: o.Root}
 	a.disks = newDisks(a.path("disks"))
 	a.files = newFileSets(a.path("files"))
 	a.vols = newVolumes(a.path("volumes"))

@@ -250,10 +250,13 @@ func (a *Agent) forget(c *container) {
 	a.watch.forget(c.id)
 }
 
+// goneSuffix is added to the name of a directory that is being deleted.
+const goneSuffix = ".gone"
+
 // removeAll deletes a directory, out of sight at once and in the background, because a layer may
 // hold very many files.
 func removeAll(dir string) error {
-	gone := dir + ".gone"
+	gone := dir + goneSuffix
 	if err := os.Rename(dir, gone); errors.Is(err, os.ErrNotExist) {
 		return nil
 	} else if err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -45,8 +46,9 @@ func (a *Agent) create(ctx context.Context, req *agent.CreateRequest) (*agent.Cr
 // rehearsal is the id of the container that Rehearse makes.
 const rehearsal = "rehearsal"
 
-// rehearse takes the network card and a container of the guest's own root through their lives.
-func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) error {
+// rehearse takes the network card, and a container of the guest's own root with a further process in
+// it, through their lives.
+func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) (err error) {
 	a.mu.Lock()
 	ready := a.prepared && a.setup == nil
 	a.mu.Unlock()
@@ -60,7 +62,8 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) error {
 	if err != nil {
 		return err
 	}
-	spec.Process.Args = []string{a.o.Crun, "--version"}
+	process := specs.Process{Args: []string{a.o.Crun, "--version"}, Cwd: "/"}
+	spec.Process.Args = process.Args
 	data, err := json.Marshal(spec)
 	if err != nil {
 		return err
@@ -73,15 +76,54 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) error {
 	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: data}, root); err != nil {
 		return err
 	}
-	_, err = c.start(ctx)
-	if err == nil {
-		select {
-		case <-c.exited:
-		case <-ctx.Done():
-			err = context.Cause(ctx)
-		}
+	defer func() {
+		err = errors.Join(err, c.remove(context.WithoutCancel(ctx)), a.settle(c))
+	}()
+	if err := c.rehearseExec(ctx, process); err != nil {
+		return err
 	}
-	return errors.Join(err, c.remove(context.WithoutCancel(ctx)))
+	if _, err := c.start(ctx); err != nil {
+		return err
+	}
+	return await(ctx, c.exited)
+}
+
+// rehearseExec runs a process in a container whose own has not started, and so can't have ended.
+func (c *container) rehearseExec(ctx context.Context, process specs.Process) error {
+	data, err := json.Marshal(process)
+	if err != nil {
+		return err
+	}
+	s, p, err := c.startExec(agent.Header{Process: data})
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	return await(ctx, p.ended)
+}
+
+// settle has nothing left to be written of what c was, so that a clone need not write it.
+func (a *Agent) settle(c *container) error {
+	if err := os.RemoveAll(c.layer + goneSuffix); err != nil {
+		return err
+	}
+	scratch, _ := a.storage()
+	dir, err := os.Open(scratch)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return unix.Syncfs(int(dir.Fd()))
+}
+
+// await waits for an event or the end of ctx.
+func await[T any](ctx context.Context, event <-chan T) error {
+	select {
+	case <-event:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // create makes what was reserved, with the files that root finds below its writable layer. It gives

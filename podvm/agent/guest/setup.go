@@ -168,7 +168,11 @@ func (a *Agent) doPrepare(ctx context.Context, req *agent.PrepareRequest) error 
 			return fmt.Errorf("network card %s: %w", req.CardMac, err)
 		}
 	}
-	return a.prepare(ctx, req.ScratchAddr)
+	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
+		return err
+	}
+	_, err := a.pid.path(ctx) // pods whose containers share none don't miss what it takes: a clone has it anyway
+	return err
 }
 
 // prepare makes what every pod has: /dev/shm, the containers' cgroup, the scratch disk. It is done

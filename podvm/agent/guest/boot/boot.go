@@ -20,7 +20,7 @@ func Init() (*Guest, error) {
 	if err := os.Setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin"); err != nil {
 		return nil, err
 	}
-	for _, step := range []func() error{mountEarly, ownRoot, mountLate, links, sealRuntime, delegate, limits, calm, loopback} {
+	for _, step := range []func() error{mountEarly, ownRoot, mountLate, links, delegate, limits, calm, loopback} {
 		if err := step(); err != nil {
 			return nil, err
 		}

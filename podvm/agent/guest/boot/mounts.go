@@ -90,20 +90,6 @@ func links() error {
 	return nil
 }
 
-// sealRuntime makes crun's program unwritable through a container's /proc/PID/exe. crun sees that its
-// file system is read-only: else it mounts itself anew for that, and loads itself and its libraries
-// twice, in every call.
-// Source: cloned_binary.c of crun and runc (CVE-2019-5736).
-func sealRuntime() error {
-	const crun = "/bin/crun"
-	for _, flags := range []uintptr{unix.MS_BIND, unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY} {
-		if err := unix.Mount(crun, crun, "", flags, ""); err != nil {
-			return fmt.Errorf("make %s read-only: %w", crun, err)
-		}
-	}
-	return nil
-}
-
 // delegate gives all cgroup controllers to the containers' cgroups.
 func delegate() error {
 	const root = "/sys/fs/cgroup"
