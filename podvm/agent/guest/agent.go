@@ -52,7 +52,8 @@ type Agent struct {
 	// setup is the answer to the one Setup, nil before.
 	setup      *agent.SetupResponse
 	podID      string
-	prepared   bool // the rest is set
+	pack       *os.File // set in a template and its clones
+	prepared   bool     // the rest is set
 	scratch    string
 	quotas     *quotas
 	containers map[string]*container

@@ -171,7 +171,17 @@ func (a *Agent) doPrepare(ctx context.Context, req *agent.PrepareRequest) error 
 	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
 		return err
 	}
-	_, err := a.pid.path(ctx) // pods whose containers share none don't miss what it takes: a clone has it anyway
+	// A pod that has no use for them has them for nothing, as a clone does not touch them.
+	if _, err := a.pid.path(ctx); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.pack != nil {
+		return nil
+	}
+	var err error
+	a.pack, err = keepPack()
 	return err
 }
 
