@@ -252,7 +252,7 @@ func (p *Pod) killMachine(ctx context.Context) error {
 	if v != nil {
 		err = v.Kill(ctx)
 	} else { // its VMM may live and answer nobody
-		err = process.KillSaved(ctx, p.m.layout.run(p.id))
+		err = process.KillIn(ctx, p.m.layout.run(p.id))
 	}
 	if err != nil {
 		return fmt.Errorf("kill its VM: %w", err)

@@ -143,7 +143,7 @@ func sweepProbes(ctx context.Context, dir string) error {
 		if err != nil {
 			continue
 		}
-		err = errors.Join(process.KillSaved(ctx, dir), os.RemoveAll(dir), lock.Release())
+		err = errors.Join(process.KillIn(ctx, dir), os.RemoveAll(dir), lock.Release())
 		if err != nil {
 			return fmt.Errorf("take back a probe: %w", err)
 		}

@@ -156,7 +156,7 @@ func usedPath(dir string) string { return filepath.Join(dir, manifestName) }
 func (s *Store) killLeft(dir string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), s.options.Limit)
 	defer cancel()
-	if err := process.KillSaved(ctx, dir); err != nil {
+	if err := process.KillIn(ctx, dir); err != nil {
 		return fmt.Errorf("templates: half-made %s: %w", dir, err)
 	}
 	return os.RemoveAll(dir)

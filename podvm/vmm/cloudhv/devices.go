@@ -156,6 +156,10 @@ func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 	defer v.resize.Unlock()
 	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
+	// A guest may have given memory back after the last resize has stopped waiting for it.
+	if err := v.refresh(ctx); err != nil {
+		return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
+	}
 	now := v.Info().Size
 	memory := v.plan(s.Memory)
 	if s.CPUs > now.CPUs {

@@ -98,14 +98,19 @@ func (v *VM) End(remove func() error) {
 	case ErrPanicked:
 		cause = panicked
 	case nil:
-		cause = errors.New("the VMM ended by itself")
-		if status := v.Process.Err(); status != nil {
-			cause = fmt.Errorf("the VMM ended: %w", status)
-		}
+		cause = v.ended()
 	}
 	v.info.Err = errors.Join(fmt.Errorf("%w%s", cause, words), err)
 	v.mu.Unlock()
 	close(v.done)
+}
+
+// ended is how the VMM's process ended.
+func (v *VM) ended() error {
+	if status := v.Process.Err(); status != nil {
+		return fmt.Errorf("the VMM ended: %w", status)
+	}
+	return errors.New("the VMM ended by itself")
 }
 
 // UntilEnd is ctx, ended by the VMM's end too, with vmm.ErrGone as its cause.
@@ -137,7 +142,7 @@ func (v *VM) Explain(err error) error {
 	case <-v.done:
 		return fmt.Errorf("%w: %w: %w", vmm.ErrGone, v.Info().Err, err)
 	case <-v.Process.Done():
-		return fmt.Errorf("%w: %w%s", vmm.ErrGone, err, v.Logs)
+		return fmt.Errorf("%w: %w: %w%s", vmm.ErrGone, v.ended(), err, v.Logs)
 	default:
 		return err
 	}

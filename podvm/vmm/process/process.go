@@ -155,17 +155,51 @@ func Load(dir string) (*Process, error) {
 	return Find(id)
 }
 
-// KillSaved ends the process whose identity was saved in the folder, whatever program it is and
-// whether or not that answers anybody, and returns when it is gone. It is idempotent.
-func KillSaved(ctx context.Context, dir string) error {
+// KillIn ends the process that was started in the folder, whatever program it is and whether or not that
+// answers anybody, and returns when it is gone. One whose identity was not saved, because the daemon was
+// killed meanwhile, is known by its working directory. It is idempotent.
+func KillIn(ctx context.Context, dir string) error {
 	p, err := Load(dir)
-	if errors.Is(err, fs.ErrNotExist) {
+	switch _, unsaved := os.Lstat(SavedPath(dir)); {
+	case errors.Is(unsaved, fs.ErrNotExist):
+		return killUnsaved(ctx, dir)
+	case errors.Is(err, fs.ErrNotExist):
 		return nil
-	}
-	if err != nil {
+	case err != nil:
 		return fmt.Errorf("find the process of %s: %w", dir, err)
 	}
 	return p.Kill(ctx)
+}
+
+// killUnsaved ends the processes that work in the folder.
+func killUnsaved(ctx context.Context, dir string) error {
+	links, err := filepath.Glob("/proc/[0-9]*/cwd")
+	if err != nil {
+		return err
+	}
+	for _, link := range links {
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
+		if err != nil {
+			return err
+		}
+		p, err := open(pid)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		// Compared after the descriptor was opened: the number can't have changed hands since.
+		if cwd, err := os.Readlink(link); err != nil || cwd != filepath.Clean(dir) {
+			p.pidfd.Close()
+			continue
+		}
+		go p.wait()
+		if err := p.Kill(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func open(pid int) (*Process, error) {

@@ -70,9 +70,9 @@ func TestAnotherProcessIsNotFound(t *testing.T) {
 }
 
 // What another daemon started is ended by what it saved.
-func TestKillSaved(t *testing.T) {
+func TestKillIn(t *testing.T) {
 	dir := t.TempDir()
-	if err := KillSaved(limit(t), dir); err != nil {
+	if err := KillIn(limit(t), dir); err != nil {
 		t.Errorf("where nothing was saved: %v", err)
 	}
 	p, err := Start(Spec{Path: "/bin/sleep", Args: []string{"1000"}})
@@ -84,7 +84,7 @@ func TestKillSaved(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := KillSaved(limit(t), dir); err != nil {
+		if err := KillIn(limit(t), dir); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -92,8 +92,29 @@ func TestKillSaved(t *testing.T) {
 	if err := os.WriteFile(SavedPath(dir), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := KillSaved(limit(t), dir); err == nil || !strings.Contains(err.Error(), dir) {
+	if err := KillIn(limit(t), dir); err == nil || !strings.Contains(err.Error(), dir) {
 		t.Errorf("what was saved can't be read: %v", err)
+	}
+}
+
+// TestKillInUnsaved: the daemon may be killed before it has noted what it started.
+func TestKillInUnsaved(t *testing.T) {
+	dir, other := t.TempDir(), t.TempDir()
+	var all []*Process
+	for _, d := range []string{dir, other} {
+		p, err := Start(Spec{Path: "/bin/sleep", Args: []string{"1000"}, Dir: d})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Kill(context.Background())
+		all = append(all, p)
+	}
+	if err := KillIn(limit(t), dir+"/"); err != nil {
+		t.Fatal(err)
+	}
+	<-all[0].Done()
+	if _, err := Find(all[1].Identity()); err != nil {
+		t.Errorf("the process of another folder: %v", err)
 	}
 }
 
