@@ -68,3 +68,26 @@ func TestNamedConfigMustExist(t *testing.T) {
 		t.Fatal("a missing --config file was ignored")
 	}
 }
+
+func TestWarm(t *testing.T) {
+	for _, test := range []struct {
+		warm             int
+		template, driver string
+		want             int
+	}{
+		{-1, "node", "cloud-hypervisor", 1},
+		{-1, "node", "qemu", 0},
+		{-1, "namespace", "cloud-hypervisor", 0},
+		{0, "node", "cloud-hypervisor", 0},
+		{3, "node", "qemu", 3},
+	} {
+		c := defaults()
+		c.VM.Warm, c.VM.Template = test.warm, test.template
+		if err := c.validate(); err != nil {
+			t.Error(err)
+		}
+		if got := c.warm(test.driver); got != test.want {
+			t.Errorf("%+v: %d", test, got)
+		}
+	}
+}

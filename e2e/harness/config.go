@@ -24,7 +24,7 @@ type Config struct {
 		Memory   string `toml:"memory,omitempty"`
 		QEMU     string `toml:"qemu,omitempty"`
 		Template string `toml:"template,omitempty"`
-		Warm     int    `toml:"warm,omitempty"`
+		Warm     int    `toml:"warm"`
 		DAX      bool   `toml:"dax"`
 	} `toml:"vm"`
 	CNI struct {
