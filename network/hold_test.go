@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -65,7 +66,7 @@ echo DONE >>$(dirname $0)/../calls`
 			done := make(chan error, 1)
 			go func() { done <- n.Teardown(t.Context(), p) }()
 			if c.ends {
-				awaitBlocked(t, n.recordPath(p.ID))
+				awaitBlocked(t)
 				f, err := os.OpenFile(pipe, os.O_WRONLY, 0)
 				if err != nil {
 					t.Fatal(err)
@@ -114,25 +115,20 @@ func killDaemonInADD(t *testing.T, n *node, p Pod) {
 	}
 }
 
-// awaitBlocked waits until somebody waits for the lock of the file.
-func awaitBlocked(t *testing.T, path string) {
+// awaitBlocked waits until this process waits for a lock of a file. /proc/locks would not say so in a PID
+// namespace, because who took the lock has ended.
+func awaitBlocked(t *testing.T) {
 	t.Helper()
-	var stat unix.Stat_t
-	if err := unix.Stat(path, &stat); err != nil {
-		t.Fatal(err)
-	}
-	inode := fmt.Sprintf(":%d ", stat.Ino)
+	inFlock := fmt.Sprintf("%d ", unix.SYS_FLOCK)
 	await(t, "the next daemon waits", func() bool {
-		locks, err := os.ReadFile("/proc/locks")
+		files, err := filepath.Glob("/proc/self/task/*/syscall")
 		if err != nil {
 			t.Fatal(err)
 		}
-		for line := range strings.Lines(string(locks)) {
-			if strings.Contains(line, "-> FLOCK") && strings.Contains(line, inode) {
-				return true
-			}
-		}
-		return false
+		return slices.ContainsFunc(files, func(file string) bool {
+			call, err := os.ReadFile(file)
+			return err == nil && strings.HasPrefix(string(call), inFlock)
+		})
 	})
 }
 

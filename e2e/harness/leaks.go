@@ -22,19 +22,28 @@ import (
 // at one moment: each thing as a line for a person to read.
 type Snapshot map[string]bool
 
-// TakeSnapshot looks for processes, network links, network namespaces, mounts, cgroups, loop
-// devices, iptables rules, shared memory segments and temporary files.
-func TakeSnapshot(t testing.TB) Snapshot {
-	t.Helper()
+// Look looks for processes, network links, network namespaces, mounts, cgroups, loop devices, iptables
+// rules, shared memory segments and temporary files.
+func Look() (Snapshot, error) {
 	s := Snapshot{}
 	for _, look := range []func() ([]string, error){processes, links, mounts, cgroups, loops, rules, segments, files} {
 		found, err := look()
 		if err != nil {
-			t.Fatalf("look for leaks: %v", err)
+			return nil, fmt.Errorf("look for leaks: %w", err)
 		}
 		for _, line := range found {
 			s[line] = true
 		}
+	}
+	return s, nil
+}
+
+// TakeSnapshot is Look for a test.
+func TakeSnapshot(t testing.TB) Snapshot {
+	t.Helper()
+	s, err := Look()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return s
 }
@@ -49,6 +58,9 @@ func (s Snapshot) Since(before Snapshot) []string {
 	}
 	return fresh
 }
+
+// NotWaitedFor ends the line of a process that has ended and whose parent has not noticed.
+const NotWaitedFor = ", ended but not waited for, or of the kernel"
 
 // processes lists all of the PID namespace but the tests' own.
 func processes() ([]string, error) {
@@ -69,7 +81,7 @@ func processes() ([]string, error) {
 		line := strings.TrimSpace(string(bytes.ReplaceAll(cmdline, []byte{0}, []byte{' '})))
 		if line == "" {
 			comm, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "comm"))
-			line = "[" + strings.TrimSpace(string(comm)) + "], ended but not waited for, or of the kernel"
+			line = "[" + strings.TrimSpace(string(comm)) + "]" + NotWaitedFor
 		}
 		found = append(found, fmt.Sprintf("process %d: %.200s", pid, line))
 	}

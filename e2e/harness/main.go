@@ -32,19 +32,23 @@ const (
 )
 
 // Main runs a package's tests in namespaces of their own and ends the process.
-func Main(m *testing.M) {
+func Main(m *testing.M) { os.Exit(Isolate(ready, m.Run)) }
+
+// Isolate runs a function in namespaces of this program's own, once ready has found nothing missing, and
+// returns its exit code. The program is started again for that, twice, with the same arguments.
+func Isolate(ready func() error, run func() int) int {
 	switch os.Getenv(stageVar) {
 	case "":
-		os.Exit(outside())
+		return outside(ready)
 	case "init":
-		os.Exit(reap())
+		return reap()
 	default:
-		os.Exit(m.Run())
+		return run()
 	}
 }
 
 // outside checks what is needed, makes the scratch folder and starts init in new namespaces.
-func outside() int {
+func outside(ready func() error) int {
 	if err := ready(); err != nil {
 		fmt.Fprintf(os.Stderr, "e2e: %v\n", err)
 		return 1

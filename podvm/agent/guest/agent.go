@@ -51,11 +51,11 @@ type Agent struct {
 
 	mu sync.Mutex
 	// setup is the answer to the one Setup, nil before.
-	setup      *agent.SetupResponse
-	podID      string
+	setup *agent.SetupResponse
+	podID string
 	// These are set in a template, for its clones.
-	card netlink.Link
-	pack *os.File
+	card       netlink.Link
+	pack       *os.File
 	prepared   bool // the rest is set
 	scratch    string
 	quotas     *quotas
