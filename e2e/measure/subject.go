@@ -106,7 +106,8 @@ func (s *subject) add(name string, v float64) { s.samples[name] = append(s.sampl
 
 func (s *subject) last(name string) float64 { return s.samples[name][len(s.samples[name])-1] }
 
-// density starts n idle pods beside one another and weighs them together.
+// density starts n idle pods beside one another and weighs them together, first without and then with a
+// container that sleeps.
 func (s *subject) density(ctx context.Context, n int) (err error) {
 	var pods []*pod
 	defer func() {
@@ -126,22 +127,39 @@ func (s *subject) density(ctx context.Context, n int) (err error) {
 		}
 		s.add("idle: start", time.Since(start).Seconds())
 	}
-	var pss, lost float64
+	left, pss, err := weighAll(pods)
+	if err != nil {
+		return err
+	}
+	s.samples["idle: pods lost"] = []float64{float64(n - len(left))}
+	s.samples["idle: pss per pod"] = []float64{pss}
+	s.samples["idle: memory taken per pod"] = []float64{(before - available()) / float64(n)}
+	for i, p := range left {
+		if err := errors.Join(p.create(ctx, false), p.start(ctx, false)); err != nil {
+			return fmt.Errorf("container of idle pod %d: %w", i+1, err)
+		}
+	}
+	if _, pss, err = weighAll(left); err != nil {
+		return err
+	}
+	s.samples["idle: pss with a container"] = []float64{pss}
+	return nil
+}
+
+// weighAll returns the pods that are there, and the mean of their PSS.
+func weighAll(pods []*pod) (left []*pod, pss float64, err error) {
 	for _, p := range pods {
 		w, err := Weigh(p.id)
 		if errors.Is(err, errNone) {
-			lost++
 			continue
 		}
 		if err != nil {
-			return err
+			return nil, 0, err
 		}
+		left = append(left, p)
 		pss += w.PSS
 	}
-	s.samples["idle: pods lost"] = []float64{lost}
-	s.samples["idle: pss per pod"] = []float64{pss / max(float64(n)-lost, 1)}
-	s.samples["idle: memory taken per pod"] = []float64{(before - available()) / float64(n)}
-	return nil
+	return left, pss / float64(max(len(left), 1)), nil
 }
 
 // pod is one pod with one container.
