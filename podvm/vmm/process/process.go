@@ -177,7 +177,14 @@ func killUnsaved(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
+	works := func(link string) bool {
+		cwd, err := os.Readlink(link)
+		return err == nil && cwd == filepath.Clean(dir)
+	}
 	for _, link := range links {
+		if !works(link) {
+			continue
+		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
 		if err != nil {
 			return err
@@ -189,8 +196,7 @@ func killUnsaved(ctx context.Context, dir string) error {
 		if err != nil {
 			return err
 		}
-		// Compared after the descriptor was opened: the number can't have changed hands since.
-		if cwd, err := os.Readlink(link); err != nil || cwd != filepath.Clean(dir) {
+		if !works(link) { // the number has changed hands before the descriptor was opened
 			p.pidfd.Close()
 			continue
 		}
