@@ -3,6 +3,7 @@
 package kubelet
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -319,7 +320,7 @@ func (m *machine) testLogs(t *testing.T) {
 
 func (m *machine) testDeletion(t *testing.T) {
 	m.remove(t, "pair")
-	eventually(t, "nothing is left", func() error {
+	eventually(t, "no pod is left", func() error {
 		var left []string
 		for _, list := range [][]string{{"pods", "--quiet"}, {"ps", "--all", "--quiet"}} {
 			out, err := tryCrictl(list...)
@@ -328,25 +329,37 @@ func (m *machine) testDeletion(t *testing.T) {
 			}
 			left = append(left, strings.Fields(out)...)
 		}
-		for _, pattern := range []string{
-			kubeCgroup + "/*/kubepods-*pod*", kubeCgroup + "/kubepods-pod*", kubeletVar + "/pods/*", podLogs + "/*",
-			caissonVar + "/pods/*", caissonRun + "/netns/*", "/sys/class/net/veth*", "/sys/fs/cgroup/system.slice/caissond.service/*/",
-		} {
-			found, err := filepath.Glob(pattern)
-			if err != nil {
-				return err
-			}
-			left = append(left, found...)
-		}
-		if len(left) > 0 {
-			return fmt.Errorf("there is %s", strings.Join(left, ", "))
-		}
-		return nil
+		return errors.Join(none(left), noFiles(kubeCgroup+"/*/kubepods-*pod*", kubeCgroup+"/kubepods-pod*", kubeletVar+"/pods/*", podLogs+"/*"))
 	})
+	systemctl(t, "stop", "caissond.service") // and with it the clone that was ready for the next pod
+	err := noFiles(caissonVar+"/pods/*", caissonRun+"/netns/*", "/sys/class/net/veth*", "/sys/fs/cgroup/system.slice/caissond.service/*/")
+	if err != nil {
+		t.Error(err)
+	}
 	out, err := processes("cloud-hypervisor", "qemu-system-x86")
 	if err != nil || len(out) > 0 {
 		t.Errorf("VMMs that are left: %v, %v", out, err)
 	}
+}
+
+func none(left []string) error {
+	if len(left) > 0 {
+		return fmt.Errorf("there is %s", strings.Join(left, ", "))
+	}
+	return nil
+}
+
+// noFiles is an error if there are any of these names.
+func noFiles(patterns ...string) error {
+	var left []string
+	for _, pattern := range patterns {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			return err
+		}
+		left = append(left, found...)
+	}
+	return none(left)
 }
 
 // processes are those of the names, as the kernel has them: 15 bytes.
