@@ -43,6 +43,7 @@ func Isolate(ready func() error, run func() int) int {
 	case "init":
 		return reap()
 	default:
+		os.Unsetenv(stageVar) // a program that it starts may do the same
 		return run()
 	}
 }
