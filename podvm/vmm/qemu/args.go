@@ -6,7 +6,6 @@ import (
 	"strings"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
-	"github.com/caisson-vm/caisson/podvm/vmm/machine"
 	"github.com/caisson-vm/caisson/podvm/vmm/tail"
 )
 
@@ -44,7 +43,7 @@ func (s shape) args(c vmm.Config) []string {
 	}
 	if d := c.Disk; d != nil {
 		args = append(args, "-blockdev", blockdev(*d).String(),
-			"-device", fmt.Sprintf("virtio-blk-pci,id=%s,drive=%s,serial=%s", machine.DiskID(d.Serial), machine.DiskID(d.Serial)+backing, d.Serial))
+			"-device", blkdev(*d).String())
 	}
 	if c.Tap != nil {
 		args = append(args, "-netdev", fmt.Sprintf("tap,id=%s,fd=%d,vhost=off", cardID+backing, tapFD),

@@ -55,7 +55,7 @@ func (v *vm) addDisk(ctx context.Context, d vmm.Disk) error {
 	if err := v.execute(ctx, "blockdev-add", blockdev(d), nil); err != nil {
 		return err
 	}
-	err := v.execute(ctx, "device_add", object{"driver": "virtio-blk-pci", "id": id, "drive": id + backing, "serial": d.Serial}, nil)
+	err := v.execute(ctx, "device_add", blkdev(d), nil)
 	if err != nil {
 		err = errors.Join(err, v.execute(context.WithoutCancel(ctx), "blockdev-del", object{"node-name": id + backing}, nil))
 	}
@@ -71,6 +71,13 @@ func blockdev(d vmm.Disk) object {
 	return object{
 		"driver": "raw", "node-name": machine.DiskID(d.Serial) + backing, "read-only": d.ReadOnly, "discard": "unmap", "file": file,
 	}
+}
+
+// blkdev is the guest's device for a disk. What goes wrong with the file is the guest's to handle: QEMU
+// would stop all of it when the host's disk is full, and may hang itself.
+func blkdev(d vmm.Disk) object {
+	id := machine.DiskID(d.Serial)
+	return object{"driver": "virtio-blk-pci", "id": id, "drive": id + backing, "serial": d.Serial, "werror": "report", "rerror": "report"}
 }
 
 // RemoveDisk implements vmm.VM. The guest acknowledges the removal, then the file is closed.
