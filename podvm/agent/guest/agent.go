@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -50,10 +51,12 @@ type Agent struct {
 
 	mu sync.Mutex
 	// setup is the answer to the one Setup, nil before.
-	setup      *agent.SetupResponse
-	podID      string
-	pack       *os.File // set in a template and its clones
-	prepared   bool     // the rest is set
+	setup *agent.SetupResponse
+	podID string
+	// These are set in a template, for its clones.
+	card       netlink.Link
+	pack       *os.File
+	prepared   bool // the rest is set
 	scratch    string
 	quotas     *quotas
 	containers map[string]*container

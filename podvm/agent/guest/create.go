@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
@@ -47,16 +48,21 @@ func (a *Agent) create(ctx context.Context, req *agent.CreateRequest) (*agent.Cr
 const rehearsal = "rehearsal"
 
 // rehearse takes the network card, and a container of the guest's own root with a further process in
-// it, through their lives.
+// it, through their lives, after the guest was a pod's for a moment.
 func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) (err error) {
 	a.mu.Lock()
-	ready := a.prepared && a.setup == nil
+	ready, card := a.prepared && a.setup == nil, a.card
 	a.mu.Unlock()
 	if !ready {
 		return fmt.Errorf("the guest has been set up, or is not prepared: %w", errdefs.ErrFailedPrecondition)
 	}
-	if err := rehearseCard(ctx); err != nil {
+	if err := a.rehearseSetup(ctx); err != nil {
 		return err
+	}
+	if card != nil {
+		if err := rehearseCard(ctx, card); err != nil {
+			return err
+		}
 	}
 	spec, err := decodeSpec(req.Spec)
 	if err != nil {
@@ -102,7 +108,7 @@ func (c *container) rehearseExec(ctx context.Context, process specs.Process) err
 	return await(ctx, p.ended)
 }
 
-// settle has nothing left to be written of what c was, so that a clone need not write it.
+// settle leaves nothing to be written or collected of what c was, so that a clone need not do it.
 func (a *Agent) settle(c *container) error {
 	if err := os.RemoveAll(c.layer + goneSuffix); err != nil {
 		return err
@@ -113,7 +119,12 @@ func (a *Agent) settle(c *container) error {
 		return err
 	}
 	defer dir.Close()
-	return unix.Syncfs(int(dir.Fd()))
+	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		return err
+	}
+	// A clone is to begin with no garbage of the rehearsal's.
+	runtime.GC()
+	return nil
 }
 
 // await waits for an event or the end of ctx.

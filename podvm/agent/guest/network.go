@@ -15,12 +15,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// network configures the cards of a request, waiting for each to be plugged in.
-func network(ctx context.Context, req *agent.NetworkRequest) error {
+// network configures the cards of a request, waiting for each to be plugged in. prepared is the one that
+// prepareCard has prepared, if any.
+func network(ctx context.Context, prepared netlink.Link, req *agent.NetworkRequest) error {
 	ctx, cancel := context.WithTimeout(ctx, deviceWait)
 	defer cancel()
 	for _, i := range req.Interfaces {
-		if err := setInterface(ctx, i); err != nil {
+		if err := setInterface(ctx, prepared, i); err != nil {
 			return fmt.Errorf("network card %s (%s): %w", i.Name, i.Mac, err)
 		}
 	}
@@ -32,42 +33,41 @@ const cardName = "eth0"
 
 // prepareCard does what can be done for a card before it is known whose it will be: it is up, and
 // silent, because its address is not its own.
-func prepareCard(ctx context.Context, address string) error {
+func prepareCard(ctx context.Context, address string) (netlink.Link, error) {
 	ctx, cancel := context.WithTimeout(ctx, deviceWait)
 	defer cancel()
 	mac, err := net.ParseMAC(address)
 	if err != nil {
-		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	link, err := awaitLink(ctx, mac)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if link, err = rename(link, cardName); err != nil {
-		return err
+		return nil, err
+	}
+	if err := noDiscovery(cardName); err != nil {
+		return nil, err
 	}
 	if err := silence(link); err != nil {
-		return err
+		return nil, err
 	}
-	return up(link)
+	if err := up(link); err != nil {
+		return nil, err
+	}
+	return netlink.LinkByIndex(link.Attrs().Index)
 }
 
 // rehearseCard gives a card that was prepared addresses and routes of documentation, and takes them away
-// again. A guest without such a card has nothing to rehearse.
-func rehearseCard(ctx context.Context) error {
-	link, err := netlink.LinkByName(cardName)
-	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("network card: %w", err)
-	}
-	err = setInterface(ctx, &agent.Interface{
-		Name: cardName, Mac: link.Attrs().HardwareAddr.String(), Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
+// again.
+func rehearseCard(ctx context.Context, card netlink.Link) error {
+	err := setInterface(ctx, card, &agent.Interface{
+		Name: cardName, Mac: card.Attrs().HardwareAddr.String(), Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
 		Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "192.0.2.1"}, {Destination: "::/0", Gateway: "2001:db8::1"}},
 	})
 	if err == nil {
-		err = silence(link)
+		err = silence(card)
 	}
 	if err != nil {
 		return fmt.Errorf("network card %s: %w", cardName, err)
@@ -92,8 +92,8 @@ func silence(link netlink.Link) error {
 	return nil
 }
 
-func setInterface(ctx context.Context, i *agent.Interface) error {
-	link, err := identifyCard(ctx, i)
+func setInterface(ctx context.Context, prepared netlink.Link, i *agent.Interface) error {
+	link, err := identifyCard(ctx, prepared, i)
 	if err != nil {
 		return err
 	}
@@ -124,7 +124,7 @@ func setInterface(ctx context.Context, i *agent.Interface) error {
 }
 
 // identifyCard finds a card and gives it the name and the address that it is to have.
-func identifyCard(ctx context.Context, i *agent.Interface) (netlink.Link, error) {
+func identifyCard(ctx context.Context, prepared netlink.Link, i *agent.Interface) (netlink.Link, error) {
 	mac, err := net.ParseMAC(i.Mac)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -135,10 +135,13 @@ func identifyCard(ctx context.Context, i *agent.Interface) (netlink.Link, error)
 			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 		}
 	}
-	link, err := awaitLink(ctx, present)
-	if err != nil {
-		return nil, err
+	link := prepared
+	if link == nil || !bytes.Equal(present, link.Attrs().HardwareAddr) {
+		if link, err = awaitLink(ctx, present); err != nil {
+			return nil, err
+		}
 	}
+	renamed := link.Attrs().Name != i.Name
 	if link, err = rename(link, i.Name); err != nil {
 		return nil, err
 	}
@@ -147,14 +150,18 @@ func identifyCard(ctx context.Context, i *agent.Interface) (netlink.Link, error)
 			return nil, fmt.Errorf("set address: %w", err)
 		}
 	}
-	// The pod's addresses and routes are those given: none by router advertisements. CNI made sure
-	// that they are the pod's own, so that nobody need be asked.
-	for _, s := range [][2]string{{"accept_ra", "0"}, {"accept_dad", "0"}, {"disable_ipv6", "0"}} {
-		if err := ipv6(i.Name, s[0], s[1]); err != nil {
+	if renamed || link != prepared {
+		if err := noDiscovery(i.Name); err != nil {
 			return nil, err
 		}
 	}
-	return link, nil
+	return link, ipv6(i.Name, "disable_ipv6", "0")
+}
+
+// noDiscovery has a card use what addresses and routes it is given: none by router advertisements. CNI
+// made sure that they are the pod's own, so that nobody need be asked.
+func noDiscovery(card string) error {
+	return errors.Join(ipv6(card, "accept_ra", "0"), ipv6(card, "accept_dad", "0"))
 }
 
 // ipv6 sets a parameter of a card; a kernel without IPv6 has none.

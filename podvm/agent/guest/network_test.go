@@ -35,7 +35,7 @@ func TestNetwork(t *testing.T) {
 	}
 	defer handle.Close()
 	time.AfterFunc(50*time.Millisecond, func() { plugged <- handle.LinkAdd(plug) })
-	err = network(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+	err = network(t.Context(), nil, &agent.NetworkRequest{Interfaces: []*agent.Interface{{
 		Name: "eth0", Mac: mac.String(), Mtu: 1400, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
 		Routes: []*agent.Route{
 			{Destination: "169.254.1.1/32", Scope: uint32(netlink.SCOPE_LINK)},
@@ -98,12 +98,13 @@ func TestCard(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var prepared netlink.Link
 	for range 2 { // a call that is repeated
-		if err := prepareCard(t.Context(), from); err != nil {
+		if prepared, err = prepareCard(t.Context(), from); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := rehearseCard(t.Context()); err != nil {
+	if err := rehearseCard(t.Context(), prepared); err != nil {
 		t.Fatal(err)
 	}
 	if routes, err := netlink.RouteList(nil, netlink.FAMILY_V4); err != nil || len(routes) != 0 {
@@ -113,7 +114,7 @@ func TestCard(t *testing.T) {
 		t.Errorf("prepared: %+v with %v, want it up and silent", link.Attrs(), addrs)
 	}
 	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
-	err = network(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+	err = network(t.Context(), prepared, &agent.NetworkRequest{Interfaces: []*agent.Interface{{
 		Name: "eth0", Mac: mac.String(), CardMac: from, Mtu: 1400, Addresses: []string{"10.1.2.3/24"},
 	}}})
 	if err != nil {
@@ -154,7 +155,7 @@ func TestNetworkFails(t *testing.T) {
 	request := func(i *agent.Interface) *agent.NetworkRequest {
 		return &agent.NetworkRequest{Interfaces: []*agent.Interface{i}}
 	}
-	err := network(ctx, request(&agent.Interface{Name: "eth0", Mac: "02:00:00:00:00:07"}))
+	err := network(ctx, nil, request(&agent.Interface{Name: "eth0", Mac: "02:00:00:00:00:07"}))
 	if !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "eth0 (02:00:00:00:00:07)") {
 		t.Errorf("no card: %v", err)
 	}
@@ -170,7 +171,7 @@ func TestNetworkFails(t *testing.T) {
 		if i.Mac == "" {
 			i.Name, i.Mac = "eth0", mac.String()
 		}
-		if err := network(t.Context(), request(i)); !errdefs.IsInvalidArgument(err) {
+		if err := network(t.Context(), nil, request(i)); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -8,15 +8,12 @@ package boot
 import (
 	"fmt"
 	"os"
-	"runtime/debug"
 )
 
 // Init sets up the guest. It may be called once, by PID 1. When it returns the guest's file
 // systems are mounted, the devices that the VMM started with have their drivers, and hot-added
 // vCPUs and memory come into use by themselves. Guest.Serve is next.
 func Init() (*Guest, error) {
-	// A small heap that is collected early: the agent's memory is paid for in every pod.
-	debug.SetGCPercent(50)
 	if err := os.Setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin"); err != nil {
 		return nil, err
 	}
