@@ -2,7 +2,6 @@ package podvm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,10 +13,8 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
-	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
@@ -52,37 +49,6 @@ func (s *Scratch) Create(path string) error {
 		return err
 	}
 	return copyDisk(s.template, path)
-}
-
-// Prepare has a VM that becomes a template do what every pod's start would have to do, but for what
-// makes it that pod.
-func Prepare(ctx context.Context, v vmm.VM) error {
-	client := agent.NewClient(v)
-	defer client.Close()
-	rpc, err := client.RPC(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := rpc.Prepare(ctx, &agent.PrepareRequest{ScratchAddr: scratchAddress(), CardMac: vmm.CardMAC}); err != nil {
-		return fmt.Errorf("prepare the guest: %w", err)
-	}
-	return rehearse(ctx, rpc)
-}
-
-// rehearse has a guest that is no pod's yet take a container through its life.
-func rehearse(ctx context.Context, rpc agent.AgentClient) error {
-	spec, err := ociSpec(PodConfig{}, ContainerConfig{Command: []string{"rehearsal"}}, ocispec.ImageConfig{})
-	if err != nil {
-		return err
-	}
-	data, err := json.Marshal(spec)
-	if err != nil {
-		return err
-	}
-	if _, err := rpc.Rehearse(ctx, &agent.CreateRequest{Spec: data}); err != nil {
-		return fmt.Errorf("rehearse a container: %w", err)
-	}
-	return nil
 }
 
 func scratchAddress() string { return vmm.SerialAddress(ScratchDisk().Serial) }

@@ -8,12 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,99 +40,6 @@ func (a *Agent) create(ctx context.Context, req *agent.CreateRequest) (*agent.Cr
 		resp.Groups = append(resp.Groups, int64(g))
 	}
 	return resp, nil
-}
-
-// rehearsal is the id of the container that Rehearse makes.
-const rehearsal = "rehearsal"
-
-// rehearse takes the network card, and a container of the guest's own root with a further process in
-// it, through their lives, after the guest was a pod's for a moment.
-func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) (err error) {
-	a.mu.Lock()
-	ready, card := a.prepared && a.setup == nil, a.card
-	a.mu.Unlock()
-	if !ready {
-		return fmt.Errorf("the guest has been set up, or is not prepared: %w", errdefs.ErrFailedPrecondition)
-	}
-	if err := a.rehearseSetup(ctx); err != nil {
-		return err
-	}
-	if card != nil {
-		if err := rehearseCard(ctx, card); err != nil {
-			return err
-		}
-	}
-	spec, err := decodeSpec(req.Spec)
-	if err != nil {
-		return err
-	}
-	process := specs.Process{Args: []string{a.o.Crun, "--version"}, Cwd: "/"}
-	spec.Process.Args = process.Args
-	data, err := json.Marshal(spec)
-	if err != nil {
-		return err
-	}
-	c, err := a.reserve(rehearsal)
-	if err != nil {
-		return err
-	}
-	root := func(*container) (string, error) { return "/", nil }
-	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: data}, root); err != nil {
-		return err
-	}
-	defer func() {
-		err = errors.Join(err, c.remove(context.WithoutCancel(ctx)), a.settle(c))
-	}()
-	if err := c.rehearseExec(ctx, process); err != nil {
-		return err
-	}
-	if _, err := c.start(ctx); err != nil {
-		return err
-	}
-	return await(ctx, c.exited)
-}
-
-// rehearseExec runs a process in a container whose own has not started, and so can't have ended.
-func (c *container) rehearseExec(ctx context.Context, process specs.Process) error {
-	data, err := json.Marshal(process)
-	if err != nil {
-		return err
-	}
-	s, p, err := c.startExec(agent.Header{Process: data})
-	if err != nil {
-		return err
-	}
-	defer s.close()
-	return await(ctx, p.ended)
-}
-
-// settle leaves nothing to be written or collected of what c was, so that a clone need not do it.
-func (a *Agent) settle(c *container) error {
-	if err := os.RemoveAll(c.layer + goneSuffix); err != nil {
-		return err
-	}
-	scratch, _ := a.storage()
-	dir, err := os.Open(scratch)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if err := unix.Syncfs(int(dir.Fd())); err != nil {
-		return err
-	}
-	// A clone is to begin with no garbage of the rehearsal's.
-	runtime.GC()
-	return nil
-}
-
-// await waits for an event or the end of ctx.
-func await[T any](ctx context.Context, event <-chan T) error {
-	select {
-	case <-event:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }
 
 // create makes what was reserved, with the files that root finds below its writable layer. It gives

@@ -17,7 +17,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/proto"
 )
 
 // shmSize is the size of a pod's /dev/shm where none is given, in bytes.
@@ -188,37 +187,6 @@ func (a *Agent) doPrepare(ctx context.Context, req *agent.PrepareRequest) error 
 	}
 	var err error
 	a.pack, err = keepPack()
-	return err
-}
-
-// rehearseSetup reads requests of the kinds that come for every pod, and makes this guest a pod's and then
-// nobody's again.
-func (a *Agent) rehearseSetup(ctx context.Context) error {
-	setup := &agent.SetupRequest{
-		PodId: rehearsal, Hostname: rehearsal, MachineId: rehearsal,
-		Dns: &agent.DNS{Servers: []string{"192.0.2.1"}, Searches: []string{rehearsal}, Options: []string{"ndots:5"}},
-	}
-	network := &agent.NetworkRequest{Interfaces: []*agent.Interface{{
-		Name: cardName, Addresses: []string{"192.0.2.2/24"},
-		Routes: []*agent.Route{{Destination: "0.0.0.0/0"}}, Neighbours: []*agent.Neighbour{{Address: "192.0.2.1"}},
-	}}}
-	create := &agent.CreateRequest{Id: rehearsal, Rootfs: &agent.Rootfs{ImageAddr: rehearsal}, Mounts: []*agent.Mount{{}}, User: &agent.User{}}
-	for _, m := range []proto.Message{
-		setup, &agent.SetupResponse{Kernel: rehearsal}, network, create, &agent.CreateResponse{Groups: []int64{1}},
-		&agent.StartRequest{Id: rehearsal}, &agent.StartResponse{Pid: 1},
-	} {
-		data, err := proto.Marshal(m)
-		if err != nil {
-			return err
-		}
-		if err := proto.Unmarshal(data, m.ProtoReflect().New().Interface()); err != nil {
-			return err
-		}
-	}
-	_, err := a.doSetup(ctx, setup)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.setup, a.podID = nil, ""
 	return err
 }
 

@@ -180,6 +180,7 @@ func (d *Driver) Attach(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 		return nil, errors.Join(err, l.Close())
 	}
 	close(v.ready)
+	v.late = true // a former daemon may have waited
 	if err := v.refresh(ctx); err != nil {
 		err = v.Explain(err)
 		v.forget()

@@ -156,9 +156,10 @@ func (v *vm) Resize(ctx context.Context, s vmm.Size) (vmm.Size, error) {
 	defer v.resize.Unlock()
 	ctx, cancel := v.UntilEnd(ctx)
 	defer cancel()
-	// A guest may have given memory back after the last resize has stopped waiting for it.
-	if err := v.refresh(ctx); err != nil {
-		return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
+	if v.late {
+		if err := v.refresh(ctx); err != nil {
+			return v.Info().Size, fmt.Errorf("resize: %w", v.Explain(err))
+		}
 	}
 	now := v.Info().Size
 	memory := v.plan(s.Memory)
@@ -195,6 +196,7 @@ func (v *vm) settle(ctx context.Context, memory int64) error {
 		}
 		now := v.Info().Size.Memory
 		if now == memory || now == last && time.Since(since) > resizeStall {
+			v.late = now != memory
 			return nil
 		}
 		if now != last {

@@ -25,7 +25,8 @@ type vm struct {
 	events eventReader
 	ready  chan struct{} // closed when the agent accepts streams
 
-	resize sync.Mutex     // one resize at a time; held across calls to the VMM, guards nothing else
+	resize sync.Mutex     // one resize at a time; held across calls to the VMM, guards late
+	late   bool           // the guest may have gone on to give memory back after nobody waited for it any more
 	open   sync.WaitGroup // connections to a guest that is going to be a template
 }
 

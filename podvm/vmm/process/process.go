@@ -160,12 +160,13 @@ func Load(dir string) (*Process, error) {
 // killed meanwhile, is known by its working directory. It is idempotent.
 func KillIn(ctx context.Context, dir string) error {
 	p, err := Load(dir)
-	switch _, unsaved := os.Lstat(SavedPath(dir)); {
-	case errors.Is(unsaved, fs.ErrNotExist):
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Lstat(SavedPath(dir)); err == nil {
+			return nil // the process has ended
+		}
 		return killUnsaved(ctx, dir)
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
+	}
+	if err != nil {
 		return fmt.Errorf("find the process of %s: %w", dir, err)
 	}
 	return p.Kill(ctx)

@@ -1,0 +1,140 @@
+package guest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+
+	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// rehearsal is the id of the container that Rehearse makes.
+const rehearsal = "rehearsal"
+
+// rehearse takes the network card, and a container of the guest's own root with a further process in
+// it, through their lives, after the guest was a pod's for a moment.
+func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) (err error) {
+	a.mu.Lock()
+	ready := a.prepared && a.setup == nil
+	a.mu.Unlock()
+	if !ready {
+		return fmt.Errorf("the guest has been set up, or is not prepared: %w", errdefs.ErrFailedPrecondition)
+	}
+	if err := a.rehearseSetup(ctx); err != nil {
+		return err
+	}
+	if card := a.preparedCard(); card != nil {
+		if err := rehearseCard(ctx, card); err != nil {
+			return err
+		}
+	}
+	spec, err := decodeSpec(req.Spec)
+	if err != nil {
+		return err
+	}
+	process := specs.Process{Args: []string{a.o.Crun, "--version"}, Cwd: "/"}
+	spec.Process.Args = process.Args
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return err
+	}
+	c, err := a.reserve(rehearsal)
+	if err != nil {
+		return err
+	}
+	root := func(*container) (string, error) { return "/", nil }
+	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: data}, root); err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, c.remove(context.WithoutCancel(ctx)), a.settle(c))
+	}()
+	if err := c.rehearseExec(ctx, process); err != nil {
+		return err
+	}
+	if _, err := c.start(ctx); err != nil {
+		return err
+	}
+	return await(ctx, c.exited)
+}
+
+// rehearseSetup reads requests of the kinds that come for every pod, and makes this guest a pod's and then
+// nobody's again.
+func (a *Agent) rehearseSetup(ctx context.Context) error {
+	setup := &agent.SetupRequest{
+		PodId: rehearsal, Hostname: rehearsal, MachineId: rehearsal,
+		Dns: &agent.DNS{Servers: []string{"192.0.2.1"}, Searches: []string{rehearsal}, Options: []string{"ndots:5"}},
+	}
+	network := &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+		Name: cardName, Addresses: []string{"192.0.2.2/24"},
+		Routes: []*agent.Route{{Destination: "0.0.0.0/0"}}, Neighbours: []*agent.Neighbour{{Address: "192.0.2.1"}},
+	}}}
+	create := &agent.CreateRequest{Id: rehearsal, Rootfs: &agent.Rootfs{ImageAddr: rehearsal}, Mounts: []*agent.Mount{{}}, User: &agent.User{}}
+	for _, m := range []proto.Message{
+		setup, &agent.SetupResponse{Kernel: rehearsal}, network, create, &agent.CreateResponse{Groups: []int64{1}},
+		&agent.StartRequest{Id: rehearsal}, &agent.StartResponse{Pid: 1},
+	} {
+		data, err := proto.Marshal(m)
+		if err != nil {
+			return err
+		}
+		if err := proto.Unmarshal(data, m.ProtoReflect().New().Interface()); err != nil {
+			return err
+		}
+	}
+	_, err := a.doSetup(ctx, setup)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.setup, a.podID = nil, ""
+	return err
+}
+
+// rehearseExec runs a process in a container whose own has not started, and so can't have ended.
+func (c *container) rehearseExec(ctx context.Context, process specs.Process) error {
+	data, err := json.Marshal(process)
+	if err != nil {
+		return err
+	}
+	s, p, err := c.startExec(agent.Header{Process: data})
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	return await(ctx, p.ended)
+}
+
+// settle leaves nothing to be written or collected of what c was, so that a clone need not do it.
+func (a *Agent) settle(c *container) error {
+	if err := os.RemoveAll(c.layer + goneSuffix); err != nil {
+		return err
+	}
+	scratch, _ := a.storage()
+	dir, err := os.Open(scratch)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		return err
+	}
+	// A clone is to begin with no garbage of the rehearsal's.
+	runtime.GC()
+	return nil
+}
+
+// await waits for an event or the end of ctx.
+func await[T any](ctx context.Context, event <-chan T) error {
+	select {
+	case <-event:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
