@@ -33,6 +33,7 @@ func TestPods(t *testing.T) {
 		{"TerminationMessage", testTerminationMessage},
 		{"Volumes", testVolumes},
 		{"Resources", testResources},
+		{"Size", testSize},
 		{"Stats", testStats},
 		{"Idempotence", testIdempotence},
 		{"Filters", testFilters},

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/caisson-vm/caisson/e2e/harness"
 	"github.com/caisson-vm/caisson/e2e/images"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -193,6 +196,50 @@ func testResources(t *testing.T, d *harness.Daemon) {
 	if m := c.Status().GetResources().GetLinux().GetMemoryLimitInBytes(); m != 96<<20 {
 		t.Errorf("the status says %d bytes", m)
 	}
+}
+
+// testSize: a pod's VM is as large as the pod may be, and follows when that changes.
+func testSize(t *testing.T, d *harness.Daemon) {
+	pod := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 320 << 20}
+	})
+	c := pod.Run(images.Busybox, sleeper)
+	size := func() (mib, cpus int) {
+		t.Helper()
+		if _, err := fmt.Sscanf(c.Exec("sh", "-c", "awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo; grep -c ^processor /proc/cpuinfo"), "%d\n%d\n", &mib, &cpus); err != nil {
+			t.Fatal(err)
+		}
+		return mib, cpus
+	}
+	update := func(memory, cpus int64) error {
+		_, err := d.Runtime().UpdatePodSandboxResources(t.Context(), &runtimeapi.UpdatePodSandboxResourcesRequest{
+			PodSandboxId: pod.ID, Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: memory, CpuPeriod: 100000, CpuQuota: cpus * 100000},
+		})
+		return err
+	}
+	// The guest's own kernel and its tables have some of it.
+	if mib, _ := size(); mib < 320 || mib > 320+64 {
+		t.Errorf("a pod that may use 320 MiB has %d", mib)
+	}
+	wanted := int64(min(2, runtime.NumCPU()))
+	if err := update(768<<20, wanted); err != nil {
+		t.Fatal(err)
+	}
+	if mib, cpus := size(); mib < 768 || mib > 768+64 || cpus != int(wanted) {
+		t.Errorf("a pod that may use 768 MiB and %d CPUs has %d and %d", wanted, mib, cpus)
+	}
+	if err := update(1<<60, wanted); status.Code(err) != codes.OutOfRange {
+		t.Errorf("more than the node has: %v", err)
+	}
+	if err := update(384<<20, 1); err != nil {
+		t.Fatal(err)
+	}
+	harness.Eventually(t, "memory is given back", func() error {
+		if mib, _ := size(); mib >= 768 {
+			return fmt.Errorf("the guest has %d MiB", mib)
+		}
+		return nil
+	})
 }
 
 func testStats(t *testing.T, d *harness.Daemon) {

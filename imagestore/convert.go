@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/caisson-vm/caisson/imagestore/erofs"
 )
@@ -21,7 +23,7 @@ const (
 	// zstdWindow bounds the memory that a layer can ask for, in bytes: what zstd -22 --ultra uses.
 	zstdWindow = 128 << 20
 	// aheadBuffers of aheadSize bytes are decompressed in advance.
-	aheadBuffers, aheadSize = 20, 256 << 10
+	aheadBuffers, aheadSize = 8, 256 << 10
 )
 
 // convert merges layers, the bottom first, into an EROFS image in f, while they arrive, and
@@ -29,46 +31,121 @@ const (
 func convert(ctx context.Context, f *os.File, id digest.Digest, layers []*spool, diffIDs []digest.Digest, unpacked *atomic.Int64) (int64, error) {
 	var uuid [16]byte
 	copy(uuid[:], id.Encoded())
-	w := erofs.NewWriter(f, uuid, erofs.Limits{})
-	for i, s := range layers {
-		packed := s.reader(ctx)
-		err := addLayer(ctx, w, packed, diffIDs[i], unpacked)
-		if err == nil || errdefs.IsInvalidArgument(err) || errdefs.IsDataLoss(err) {
-			// A layer that can't be read may just have arrived damaged: that is the better reason.
-			if arrived := packed.result(); arrived != nil {
-				return 0, arrived
-			}
-		}
-		if err == nil {
-			continue
-		}
-		return 0, fmt.Errorf("layer %d of %d: %w", i+1, len(layers), err)
+	c := converter{w: erofs.NewWriter(f, uuid, erofs.Limits{}), layers: layers, diffIDs: diffIDs, unpacked: unpacked}
+	if err := c.merge(ctx); err != nil {
+		return 0, err
 	}
-	return w.Finish()
+	return c.w.Finish()
 }
 
-func addLayer(ctx context.Context, w *erofs.Writer, packed io.Reader, want digest.Digest, unpacked *atomic.Int64) error {
+// Layers are read two at a time, as decompression takes most of a pull: more would need more memory than a
+// pull is to have. How many that have been read wait for those below them is bounded for that reason, too.
+const (
+	parallelLayers = 2
+	waitingLayers  = 8
+)
+
+type converter struct {
+	w        *erofs.Writer
+	layers   []*spool
+	diffIDs  []digest.Digest // of the layers
+	unpacked *atomic.Int64
+}
+
+// merge reads layers, some at once, and applies them in their order.
+func (c *converter) merge(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	free := make(chan struct{}, min(parallelLayers, runtime.GOMAXPROCS(0)))
+	turns := make(chan chan *erofs.Layer, waitingLayers)
+	g.Go(func() error {
+		defer close(turns)
+		for i := range c.layers {
+			turn := make(chan *erofs.Layer, 1)
+			select {
+			case turns <- turn:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			select {
+			case free <- struct{}{}:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			g.Go(func() error {
+				l, err := c.read(ctx, i)
+				if err != nil {
+					return err
+				}
+				turn <- l
+				<-free
+				return nil
+			})
+		}
+		return nil
+	})
+	g.Go(func() error {
+		for i := 0; ; i++ {
+			turn, ok := <-turns
+			if !ok {
+				return nil
+			}
+			select {
+			case l := <-turn:
+				if err := c.w.Apply(ctx, l); err != nil {
+					return c.wrap(i, err)
+				}
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+	})
+	return g.Wait()
+}
+
+// wrap says that an error is of layer i.
+func (c *converter) wrap(i int, err error) error {
+	return fmt.Errorf("layer %d of %d: %w", i+1, len(c.layers), err)
+}
+
+// read reads layer i and checks its digest.
+func (c *converter) read(ctx context.Context, i int) (*erofs.Layer, error) {
+	packed := c.layers[i].reader(ctx)
+	l, err := c.readPlain(ctx, packed, c.diffIDs[i])
+	if err == nil || errdefs.IsInvalidArgument(err) || errdefs.IsDataLoss(err) {
+		// A layer that can't be read may just have arrived damaged: that is the better reason.
+		if arrived := packed.result(); arrived != nil {
+			return nil, arrived
+		}
+	}
+	if err != nil {
+		return nil, c.wrap(i, err)
+	}
+	return l, nil
+}
+
+func (c *converter) readPlain(ctx context.Context, packed io.Reader, want digest.Digest) (*erofs.Layer, error) {
 	plain, err := decompress(packed)
 	if err != nil {
-		return fmt.Errorf("decompress: %w: %w", err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("decompress: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	digester := want.Algorithm().Digester()
 	ahead := readAhead(plain, func(b []byte) {
-		unpacked.Add(int64(len(b)))
+		c.unpacked.Add(int64(len(b)))
 		digester.Hash().Write(b) // a hash never fails
 	})
 	defer ahead.close()
-	if err := w.AddLayer(ctx, ahead); err != nil {
-		return err
+	l, err := c.w.Read(ctx, ahead)
+	if err != nil {
+		return nil, err
 	}
 	// What follows the archive's end still counts for its digest.
 	if err := ahead.drain(ctx); err != nil {
-		return err
+		return nil, err
 	}
 	if got := digester.Digest(); got != want {
-		return fmt.Errorf("content has digest %s, but the image's configuration says %s; the image was built or stored wrongly: %w", got, want, errdefs.ErrDataLoss)
+		return nil, fmt.Errorf("content has digest %s, but the image's configuration says %s; the image was built or stored wrongly: %w", got, want, errdefs.ErrDataLoss)
 	}
-	return nil
+	return l, nil
 }
 
 // decompress reads gzip, zstd (zstd:chunked too) or neither, by what the stream starts with:

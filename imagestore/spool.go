@@ -8,7 +8,7 @@ import (
 )
 
 const (
-	spoolBuffers, spoolBufferSize = 32, 128 << 10
+	spoolBuffers, spoolBufferSize = 16, 128 << 10
 )
 
 // spool carries a layer from the goroutine that downloads it to the one that reads it. Before its

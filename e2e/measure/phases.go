@@ -20,6 +20,9 @@ type phase struct {
 // and for CNI plugins.
 var outside = []string{"vm", "guest", "network"}
 
+// inGuest are those in which the agent in the guest does its part.
+var inGuest = []string{"setup", "addresses"}
+
 // phases keeps where the time of the pod's start went, where the runtime tells it, and what of it
 // was the runtime's own.
 func (p *pod) phases(ctx context.Context, count bool) error {
@@ -35,6 +38,7 @@ func (p *pod) phases(ctx context.Context, count bool) error {
 		return err
 	}
 	p.add("own time", p.last("RunPodSandbox")-covered(phases, outside)/1000)
+	p.add("own time on the node", p.last("RunPodSandbox")-covered(phases, slices.Concat(outside, inGuest))/1000)
 	p.add("RunPodSandbox less CNI", p.last("RunPodSandbox")-alone(phases, "network")/1000)
 	return nil
 }

@@ -15,28 +15,29 @@ const metaPad = inodeSize
 // Finish writes directories, inodes and superblock and returns the size of the image in bytes, a
 // multiple of Align. The file is complete then but not yet synced.
 func (w *Writer) Finish() (int64, error) {
-	if err := w.out.padTo(roundUp(w.out.pos(), blockSize)); err != nil {
+	out, err := w.last()
+	if err != nil {
 		return 0, err
 	}
-	p := &placer{end: metaPad, block: w.out.block()}
+	p := &placer{end: metaPad, block: out.block()}
 	if err := p.place(w.tree.root); err != nil {
 		return 0, err
 	}
-	if err := w.writeBlocks(p.order); err != nil {
+	if err := writeBlocks(out, p.order); err != nil {
 		return 0, err
 	}
-	meta := w.out.pos()
-	if err := w.writeInodes(p.order, meta); err != nil {
+	meta := out.pos()
+	if err := writeInodes(out, p.order, meta); err != nil {
 		return 0, err
 	}
-	if err := w.out.padTo(roundUp(w.out.pos(), blockSize)); err != nil {
+	if err := out.padTo(roundUp(out.pos(), blockSize)); err != nil {
 		return 0, err
 	}
-	end := w.out.pos()
-	if err := w.out.flush(); err != nil {
+	end := out.pos()
+	if err := out.flush(); err != nil {
 		return 0, err
 	}
-	if err := w.out.punch(w.tree.dead); err != nil {
+	if err := out.punch(w.tree.dead); err != nil {
 		return 0, err
 	}
 	first := make([]byte, blockSize)
@@ -44,11 +45,11 @@ func (w *Writer) Finish() (int64, error) {
 		rootNid: uint16(w.tree.root.nid), inodes: uint64(len(p.order)),
 		blocks: uint32(end / blockSize), metaBlock: uint32(meta / blockSize), uuid: w.uuid,
 	})
-	if _, err := w.out.f.WriteAt(first, 0); err != nil {
+	if _, err := w.f.WriteAt(first, 0); err != nil {
 		return 0, fmt.Errorf("write image: %w", err)
 	}
 	size := roundUp(end, Align)
-	if err := w.out.f.Truncate(size); err != nil {
+	if err := w.f.Truncate(size); err != nil {
 		return 0, fmt.Errorf("write image: %w", err)
 	}
 	return size, nil
@@ -172,7 +173,7 @@ func direntBytes(names []string) int {
 }
 
 // writeBlocks writes the whole blocks of directories and long symlinks, in the order of placing.
-func (w *Writer) writeBlocks(order []placed) error {
+func writeBlocks(out *output, order []placed) error {
 	for _, n := range order {
 		if !n.isDir() && !n.isSymlink() {
 			continue
@@ -182,10 +183,10 @@ func (w *Writer) writeBlocks(order []placed) error {
 			_, inline := n.tail()
 			data = data[:int64(len(data))-inline]
 		}
-		if _, err := w.out.Write(data); err != nil {
+		if _, err := out.Write(data); err != nil {
 			return err
 		}
-		if err := w.out.padTo(roundUp(w.out.pos(), blockSize)); err != nil {
+		if err := out.padTo(roundUp(out.pos(), blockSize)); err != nil {
 			return err
 		}
 	}
@@ -193,17 +194,17 @@ func (w *Writer) writeBlocks(order []placed) error {
 }
 
 // writeInodes writes each inode with what follows it.
-func (w *Writer) writeInodes(order []placed, meta int64) error {
+func writeInodes(out *output, order []placed, meta int64) error {
 	for i, n := range order {
-		if err := w.out.padTo(meta + n.at); err != nil {
+		if err := out.padTo(meta + n.at); err != nil {
 			return err
 		}
 		b := make([]byte, inodeSize, inodeSize+len(n.xattrs))
 		n.put(b, uint32(i+1))
-		if _, err := w.out.Write(append(b, n.xattrs...)); err != nil {
+		if _, err := out.Write(append(b, n.xattrs...)); err != nil {
 			return err
 		}
-		if _, err := w.out.Write(n.behind()); err != nil {
+		if _, err := out.Write(n.behind()); err != nil {
 			return err
 		}
 	}

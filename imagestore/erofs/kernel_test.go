@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -15,13 +16,58 @@ import (
 	"testing"
 
 	"github.com/containers/storage/pkg/archive"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/imagestore/internal/torture"
 )
 
-// build writes an image of layers and returns its path.
+// build writes an image of layers that are read at the same time, and returns its path.
 func build(t *testing.T, layers ...[]byte) string {
+	t.Helper()
+	return finished(t, func(w *Writer) error {
+		var g errgroup.Group
+		read := make([]*Layer, len(layers))
+		for i, layer := range layers {
+			g.Go(func() (err error) {
+				read[i], err = w.Read(t.Context(), bytes.NewReader(layer))
+				return err
+			})
+		}
+		if err := g.Wait(); err != nil {
+			return err
+		}
+		for _, l := range read {
+			if err := w.Apply(t.Context(), l); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// buildInTurn reads one after another.
+func buildInTurn(t *testing.T, layers ...[]byte) string {
+	t.Helper()
+	return finished(t, func(w *Writer) error {
+		for _, layer := range layers {
+			if err := add(t.Context(), w, layer); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func add(ctx context.Context, w *Writer, layer []byte) error {
+	l, err := w.Read(ctx, bytes.NewReader(layer))
+	if err != nil {
+		return err
+	}
+	return w.Apply(ctx, l)
+}
+
+func finished(t *testing.T, fill func(*Writer) error) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "image.erofs")
 	f, err := os.Create(path)
@@ -30,10 +76,8 @@ func build(t *testing.T, layers ...[]byte) string {
 	}
 	defer f.Close()
 	w := NewWriter(f, [16]byte{1, 2, 3}, Limits{})
-	for i, layer := range layers {
-		if err := w.AddLayer(context.Background(), bytes.NewReader(layer)); err != nil {
-			t.Fatalf("layer %d: %v", i, err)
-		}
+	if err := fill(w); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := w.Finish(); err != nil {
 		t.Fatal(err)
@@ -181,24 +225,80 @@ func TestTortureMatchesUnpack(t *testing.T) {
 			t.Fatalf("unpack layer %d: %v", i, err)
 		}
 	}
-	image := build(t, layers...)
-	got, want := scan(t, mount(t, image)), scan(t, plain)
+	want := scan(t, plain)
 	old := want["kinds/before-1970"] // the unpack has no times before 1970
 	old.Mtime = "-1000.500000000"
 	want["kinds/before-1970"] = old
 	if len(want) < 13_000 {
 		t.Fatalf("only %d entries", len(want))
 	}
-	compare(t, got, want)
-	var st unix.Stat_t
-	if err := unix.Stat(image, &st); err != nil {
-		t.Fatal(err)
+	for name, build := range map[string]func(*testing.T, ...[]byte) string{"at once": build, "in turn": buildInTurn} {
+		t.Run(name, func(t *testing.T) {
+			image := build(t, layers...)
+			compare(t, scan(t, mount(t, image)), want)
+			var st unix.Stat_t
+			if err := unix.Stat(image, &st); err != nil {
+				t.Fatal(err)
+			}
+			if st.Size%Align != 0 || st.Blocks*512 > 100<<20 {
+				t.Errorf("image of %d bytes takes %d on the disk", st.Size, st.Blocks*512)
+			}
+			t.Logf("%d entries, %d bytes, %d on the disk", len(want), st.Size, st.Blocks*512)
+			if out, err := exec.Command("fsck.erofs", image).CombinedOutput(); err != nil {
+				t.Errorf("fsck.erofs: %v: %s", err, out)
+			}
+		})
 	}
-	if st.Size%Align != 0 || st.Blocks*512 > 100<<20 {
-		t.Errorf("image of %d bytes takes %d on the disk", st.Size, st.Blocks*512)
+}
+
+// TestFileBetweenRegions reads a layer while another one is within a large file, so that the file has no
+// one extent.
+func TestFileBetweenRegions(t *testing.T) {
+	archived := func(name, content string) []byte {
+		b := torture.NewTar()
+		b.File(name, content)
+		return b.Bytes()
 	}
-	t.Logf("%d entries, %d bytes, %d on the disk", len(want), st.Size, st.Blocks*512)
-	if out, err := exec.Command("fsck.erofs", image).CombinedOutput(); err != nil {
-		t.Errorf("fsck.erofs: %v: %s", err, out)
+	large, other := torture.Noise(3<<20, 1), torture.Noise(1<<20, 2)
+	lower := archived("large", large)
+	image := finished(t, func(w *Writer) error {
+		r, feed := io.Pipe()
+		type result struct {
+			l   *Layer
+			err error
+		}
+		done := make(chan result, 1)
+		go func() {
+			l, err := w.Read(t.Context(), r)
+			done <- result{l, err}
+		}()
+		if _, err := feed.Write(lower[:len(lower)/2]); err != nil {
+			return err
+		}
+		upper, err := w.Read(t.Context(), bytes.NewReader(archived("other", other)))
+		if err != nil {
+			return err
+		}
+		if _, err := feed.Write(lower[len(lower)/2:]); err != nil {
+			return err
+		}
+		first := <-done
+		if first.err != nil {
+			return first.err
+		}
+		if first.l.ops[0].inode.layout != layoutChunks {
+			t.Error("the file is one extent")
+		}
+		return errors.Join(w.Apply(t.Context(), first.l), w.Apply(t.Context(), upper))
+	})
+	dir := mount(t, image)
+	for name, want := range map[string]string{"large": large, "other": other} {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(got) != want {
+			t.Errorf("%s has other content", name)
+		}
 	}
 }

@@ -20,32 +20,68 @@ const (
 	aufsPrefix     = ".wh..wh." // what AUFS once kept for itself
 )
 
-// AddLayer puts one layer, an uncompressed tar archive, on top of those before it. It reads up to
-// the archive's end marker; what may follow is the caller's to read.
+// Layer is a layer that has been read: the content of its files is in the image, what it does to the tree
+// is known.
+type Layer struct {
+	w    *Writer
+	out  *output
+	ops  []op
+	meta int // bytes of names, targets and xattrs held
+}
+
+// op is an entry of a layer. Neighbours share the name of their directory.
+type op struct {
+	dir, base string
+	inode     *inode // nil of a whiteout or a hard link
+	target    string // of a hard link
+	link      bool
+}
+
+// Read reads a layer, an uncompressed tar archive, up to its end marker; what may follow is the caller's
+// to read. Several layers may be read at the same time. Apply makes it part of the image.
 //
-// A layer that can't be applied is ErrInvalidArgument, one beyond the limits ErrResourceExhausted;
-// after an error the writer is of no use. Names are resolved inside the image whatever they say:
-// absolute ones and those with ".." start at its root, and symlinks are followed within it.
+// A layer that can't be right is ErrInvalidArgument, one beyond the limits ErrResourceExhausted; after an
+// error the writer is of no use.
 //
 // Source: OCI image specification, layer.md; GNU and PAX tar formats.
-func (w *Writer) AddLayer(ctx context.Context, layer io.Reader) error {
-	w.tree.layer++
+func (w *Writer) Read(ctx context.Context, layer io.Reader) (*Layer, error) {
+	l := &Layer{w: w, out: w.output()}
+	defer func() {
+		w.giveBack(l.out)
+		l.out = nil
+	}()
 	tr := tar.NewReader(layer)
 	for {
 		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 		hdr, err := tr.Next()
 		if err == io.EOF {
-			return nil
+			return l, nil
 		}
 		if err != nil {
-			return readError(err)
+			return nil, readError(err)
 		}
-		if err := w.entry(ctx, hdr, tr); err != nil {
-			return fmt.Errorf("layer entry %.200q: %w", hdr.Name, err)
+		if err := l.read(ctx, hdr, tr); err != nil {
+			return nil, fmt.Errorf("layer entry %.200q: %w", hdr.Name, err)
 		}
 	}
+}
+
+// Apply puts a layer on top of those before it. Names are resolved inside the image whatever they say:
+// absolute ones and those with ".." start at its root, and symlinks are followed within it. Its errors
+// are those of Read.
+func (w *Writer) Apply(ctx context.Context, l *Layer) error {
+	w.tree.layer++
+	for _, o := range l.ops {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		if err := w.tree.apply(o); err != nil {
+			return fmt.Errorf("layer entry %.200q: %w", o.dir+o.base, err)
+		}
+	}
+	return nil
 }
 
 // readError gives errors of the tar format their kind and leaves those of the stream below alone.
@@ -56,7 +92,8 @@ func readError(err error) error {
 	return fmt.Errorf("read layer: %w", err)
 }
 
-func (w *Writer) entry(ctx context.Context, hdr *tar.Header, content io.Reader) error {
+// read notes an entry, and copies its content.
+func (l *Layer) read(ctx context.Context, hdr *tar.Header, content io.Reader) error {
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
@@ -64,22 +101,71 @@ func (w *Writer) entry(ctx context.Context, hdr *tar.Header, content io.Reader) 
 	if err != nil {
 		return err
 	}
-	dirname, base := path.Split(name)
-	aufs := strings.HasPrefix(base, aufsPrefix) && base != opaqueMarker
-	if aufs || strings.Contains(dirname, "/"+aufsPrefix) {
+	o := op{}
+	o.dir, o.base = path.Split(name)
+	aufs := strings.HasPrefix(o.base, aufsPrefix) && o.base != opaqueMarker
+	if aufs || strings.Contains(o.dir, "/"+aufsPrefix) {
 		return nil
 	}
-	whiteout := strings.HasPrefix(base, whiteoutPrefix)
-	dir, err := w.tree.walk(strings.Split(dirname, "/"), !whiteout)
 	switch {
-	case whiteout && err != nil:
-		return nil // where there is no directory, there is nothing to hide
-	case whiteout:
-		return w.tree.hide(dir, base)
-	case err != nil:
+	case o.whiteout():
+	case hdr.Typeflag == tar.TypeLink:
+		o.link, o.target = true, hdr.Linkname
+	default:
+		if o.inode, err = newInode(hdr); err != nil {
+			return err
+		}
+		if o.base == "" && !o.inode.isDir() {
+			return invalid("the root must be a directory")
+		}
+		if o.inode.isRegular() {
+			if err := l.content(ctx, o.inode, content); err != nil {
+				return err
+			}
+		}
+	}
+	return l.note(o)
+}
+
+func (o op) whiteout() bool { return strings.HasPrefix(o.base, whiteoutPrefix) }
+
+// note keeps an entry until its turn comes.
+func (l *Layer) note(o op) error {
+	if last := len(l.ops) - 1; last >= 0 && l.ops[last].dir == o.dir {
+		o.dir = l.ops[last].dir
+	} else {
+		l.meta += len(o.dir)
+	}
+	o.base = strings.Clone(o.base) // and not all of the name
+	l.meta += len(o.base) + len(o.target)
+	if o.inode != nil {
+		l.meta += len(o.inode.target) + len(o.inode.xattrs)
+	}
+	limit := l.w.tree.limit
+	if err := limit.check(len(l.ops)+1, l.meta); err != nil {
 		return err
 	}
-	return w.apply(ctx, dir, base, hdr, content)
+	l.ops = append(l.ops, o)
+	return nil
+}
+
+// apply does to the tree what an entry says.
+func (t *tree) apply(o op) error {
+	dir, err := t.walk(strings.Split(o.dir, "/"), !o.whiteout())
+	switch {
+	case o.whiteout() && err != nil:
+		return nil // where there is no directory, there is nothing to hide
+	case o.whiteout():
+		return t.hide(dir, o.base)
+	case err != nil:
+		return err
+	case o.link:
+		return t.link(dir, o.base, o.target)
+	case o.inode.isDir():
+		return t.mkdir(dir, o.base, o.inode)
+	}
+	t.remove(dir, o.base)
+	return t.add(dir, o.base, o.inode)
 }
 
 // hide applies the marker base in dir.
@@ -105,30 +191,6 @@ func clean(name string) (string, error) {
 		return "", invalid("path with a zero byte")
 	}
 	return path.Clean("/" + name), nil
-}
-
-func (w *Writer) apply(ctx context.Context, dir *inode, base string, hdr *tar.Header, content io.Reader) error {
-	t := w.tree
-	if hdr.Typeflag == tar.TypeLink {
-		return t.link(dir, base, hdr.Linkname)
-	}
-	n, err := newInode(hdr)
-	if err != nil {
-		return err
-	}
-	if n.isDir() {
-		return t.mkdir(dir, base, n)
-	}
-	if base == "" {
-		return invalid("the root must be a directory")
-	}
-	t.remove(dir, base)
-	if n.isRegular() {
-		if err := w.content(ctx, n, content); err != nil {
-			return err
-		}
-	}
-	return t.add(dir, base, n)
 }
 
 // mkdir adds a directory, or gives the one that is there the attributes of n.

@@ -154,7 +154,7 @@ func TestRefused(t *testing.T) {
 			}
 			defer f.Close()
 			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Metadata: 30_000})
-			err = w.AddLayer(context.Background(), bytes.NewReader(test.layer))
+			err = add(t.Context(), w, test.layer)
 			if !test.kind(err) {
 				t.Errorf("got %v", err)
 			}
@@ -167,7 +167,7 @@ func TestCancel(t *testing.T) {
 	why := errors.New("the pull was given up")
 	cancel(why)
 	w := NewWriter(nil, [16]byte{}, Limits{})
-	if err := w.AddLayer(ctx, bytes.NewReader(archiveOf("f a x"))); !errors.Is(err, why) {
+	if err := add(ctx, w, archiveOf("f a x")); !errors.Is(err, why) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -176,7 +176,7 @@ func TestSameLayersSameBytes(t *testing.T) {
 	layers := [][]byte{archiveOf("d b\nf b/x 1\nf a 2\nf c 3\nd z"), archiveOf("d b\nf b/.wh..wh..opq\nf b/y 2")}
 	var images [2][]byte
 	for i := range images {
-		image, err := os.ReadFile(build(t, layers...))
+		image, err := os.ReadFile(buildInTurn(t, layers...))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -210,8 +210,8 @@ func TestOverlayAttributesAreLeftOut(t *testing.T) {
 	}
 }
 
-// FuzzAddLayer feeds archives that may be anything: whatever they hold, there is an image or an error.
-func FuzzAddLayer(f *testing.F) {
+// FuzzLayers feeds archives that may be anything: whatever they hold, there is an image or an error.
+func FuzzLayers(f *testing.F) {
 	f.Add(archiveOf("d a\nf a/b x\nl c a/b\ns s a\nf s/d y\nf a/.wh..wh..opq\nf .wh.c"), []byte{})
 	f.Add(archiveOf("f a x"), archiveOf("f a/b y\nf .wh.a\nd a"))
 	f.Fuzz(func(t *testing.T, first, second []byte) {
@@ -222,7 +222,7 @@ func FuzzAddLayer(f *testing.F) {
 		defer file.Close()
 		w := NewWriter(file, [16]byte{}, Limits{Content: 1 << 20, Entries: 1000, Metadata: 1 << 20})
 		for _, layer := range [][]byte{first, second} {
-			if err := w.AddLayer(t.Context(), bytes.NewReader(layer)); err != nil {
+			if err := add(t.Context(), w, layer); err != nil {
 				return
 			}
 		}

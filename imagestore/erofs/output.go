@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,16 +16,36 @@ const holeBlocks = 4
 
 var zeros [blockSize]byte
 
-// output appends to the image file. Blocks of zeros are not written.
-type output struct {
-	f   *os.File
-	buf []byte // [0:n] is not yet in the file
-	n   int
-	off int64 // of buf[0] in the file, a multiple of the block size
+// space hands out the image file's blocks, in regions for those who write at the same time.
+type space struct {
+	mu   sync.Mutex
+	next int64 // the first byte that is nobody's
 }
 
-func newOutput(f *os.File, size int) *output {
-	return &output{f: f, buf: make([]byte, size), off: blockSize}
+// Regions grow with the image, so that what is left of the last ones is little of it.
+const (
+	regionShare          = 16
+	minRegion, maxRegion = 256 << 10, 4 << 20
+)
+
+// take returns where the next region begins and how long it is, at least n bytes.
+func (s *space) take(n int64) (start, length int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	start = s.next
+	length = max(n, min(roundUp(start/regionShare, minRegion), maxRegion))
+	s.next += length
+	return start, length
+}
+
+// output writes to the image file, front to back within its regions. Blocks of zeros are not written.
+type output struct {
+	f     *os.File
+	space *space
+	buf   []byte // [0:n] is not yet in the file
+	n     int
+	off   int64 // of buf[0] in the file, a multiple of the block size
+	end   int64 // of the region
 }
 
 // pos is the file offset at which the next byte goes.
@@ -33,9 +54,15 @@ func (o *output) pos() int64 { return o.off + int64(o.n) }
 // block is the number of the block that starts at pos, which is a multiple of the block size.
 func (o *output) block() int64 { return o.pos() / blockSize }
 
-// reserve returns the next n bytes of the image for the caller to fill; advance makes them part
-// of it. n is at most the size of the buffer; the content of the bytes is undefined.
+// reserve returns the next n bytes of the image, whole blocks at the start of one, for the caller to
+// fill; advance makes them part of it. They follow those before, unless a new region was needed. n is at
+// most the size of the buffer; the content of the bytes is undefined.
 func (o *output) reserve(n int) ([]byte, error) {
+	if o.pos()+int64(n) > o.end {
+		if err := o.grow(int64(n)); err != nil {
+			return nil, err
+		}
+	}
 	if o.n+n > len(o.buf) {
 		if err := o.flush(); err != nil {
 			return nil, err
@@ -44,9 +71,22 @@ func (o *output) reserve(n int) ([]byte, error) {
 	return o.buf[o.n : o.n+n], nil
 }
 
+// grow gets a region for n bytes, behind the present one if nobody else has that.
+func (o *output) grow(n int64) error {
+	start, length := o.space.take(n)
+	if start != o.end {
+		if err := o.flush(); err != nil {
+			return err
+		}
+		o.off = start
+	}
+	o.end = start + length
+	return nil
+}
+
 func (o *output) advance(n int) { o.n += n }
 
-// Write appends p.
+// Write appends p, wherever the region ends: nobody else writes any more.
 func (o *output) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
 		if o.n == len(o.buf) {

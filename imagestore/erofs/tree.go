@@ -95,11 +95,8 @@ func (t *tree) add(dir *inode, name string, n *inode) error {
 	}
 	t.count++
 	t.meta += len(name) + len(n.target) + len(n.xattrs)
-	if t.count > t.limit.Entries {
-		return fmt.Errorf("image has more than %d files: %w", t.limit.Entries, errdefs.ErrResourceExhausted)
-	}
-	if t.meta > t.limit.Metadata {
-		return fmt.Errorf("names and attributes of the image take more than %d bytes: %w", t.limit.Metadata, errdefs.ErrResourceExhausted)
+	if err := t.limit.check(t.count, t.meta); err != nil {
+		return err
 	}
 	if !n.isDir() {
 		n.nlink++

@@ -1,10 +1,11 @@
 // Package erofs merges the layers of an image into one read-only EROFS file system.
 //
-// The layers are tar archives, read once, bottom up, as streams; file content goes straight to its
-// place in the image file, and only names and attributes are kept in memory until the end. The
+// The layers are tar archives, read once, as streams, several at once; file content goes straight to
+// its place in the image file, and only names and attributes are kept in memory until the end. The
 // image is uncompressed with blocks of 4 KiB. Regular files take whole blocks (no inline tails),
 // so that a guest which has the file as persistent memory maps their pages directly (DAX); runs of
-// zeros take none. The same layers give the same bytes.
+// zeros take none. The same layers give the same files, and the same bytes if they are read one
+// after another.
 package erofs
 
 import (
@@ -14,6 +15,8 @@ import (
 	"io"
 	"math"
 	"os"
+	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 )
@@ -33,9 +36,10 @@ type Limits struct {
 	// Content is the size of all files of all layers together, holes included, in bytes.
 	// Default 256 GiB.
 	Content int64
-	// Entries is the number of names. Default 4 Mi.
+	// Entries is the number of names, in the image or in one layer. Default 4 Mi.
 	Entries int
-	// Metadata is the memory for names, symlink targets and extended attributes, in bytes.
+	// Metadata is the memory for names, symlink targets and extended attributes, of the image or of
+	// one layer, in bytes.
 	// Default 256 MiB.
 	Metadata int
 }
@@ -55,24 +59,77 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// Writer makes one image. It is for one goroutine.
+// check wants a tree, or a layer, with so many names and so many bytes of metadata.
+func (l Limits) check(entries, metadata int) error {
+	if entries > l.Entries {
+		return fmt.Errorf("image has more than %d files: %w", l.Entries, errdefs.ErrResourceExhausted)
+	}
+	if metadata > l.Metadata {
+		return fmt.Errorf("names and attributes of the image take more than %d bytes: %w", l.Metadata, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+// Writer makes one image. Its layers may be read at the same time (see Layer); all else is for one
+// goroutine.
 type Writer struct {
-	out   *output
+	f     *os.File
 	tree  *tree
-	total int64
 	uuid  [16]byte
+	space space
+	total atomic.Int64 // bytes of all files of all layers
+
+	mu   sync.Mutex
+	idle []*output // that no layer has at the moment
 }
 
 // NewWriter returns a writer that makes an image in f, an empty file. The UUID becomes that of the
 // file system.
 func NewWriter(f *os.File, uuid [16]byte, limits Limits) *Writer {
-	return &Writer{out: newOutput(f, buffer), tree: newTree(limits.withDefaults()), uuid: uuid}
+	return &Writer{f: f, tree: newTree(limits.withDefaults()), uuid: uuid, space: space{next: blockSize}}
+}
+
+// output lends an output, until it is given back to idle.
+func (w *Writer) output() *output {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if last := len(w.idle) - 1; last >= 0 {
+		o := w.idle[last]
+		w.idle = w.idle[:last]
+		return o
+	}
+	return &output{f: w.f, space: &w.space, buf: make([]byte, buffer)}
+}
+
+func (w *Writer) giveBack(o *output) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.idle = append(w.idle, o)
+}
+
+// last returns the output for what comes behind all content. The others have written theirs.
+func (w *Writer) last() (*output, error) {
+	o := w.output()
+	for _, other := range w.idle {
+		if other.end > o.end {
+			o, other = other, o
+		}
+		if err := other.flush(); err != nil {
+			return nil, err
+		}
+	}
+	w.idle = nil
+	if o.end < w.space.next {
+		return o, o.grow(0)
+	}
+	return o, nil
 }
 
 // content copies a regular file's bytes into the image. Chunks of zeros become holes.
-func (w *Writer) content(ctx context.Context, n *inode, r io.Reader) error {
-	if w.total += n.size; n.size < 0 || w.total > w.tree.limit.Content {
-		return fmt.Errorf("files of the image take more than %d bytes: %w", w.tree.limit.Content, errdefs.ErrResourceExhausted)
+func (l *Layer) content(ctx context.Context, n *inode, r io.Reader) error {
+	limit := l.w.tree.limit.Content
+	if n.size < 0 || n.size > limit || l.w.total.Add(n.size) > limit {
+		return fmt.Errorf("files of the image take more than %d bytes: %w", limit, errdefs.ErrResourceExhausted)
 	}
 	chunk, bits := chunkSize(n.size)
 	for done := int64(0); done < n.size; done += chunk {
@@ -81,7 +138,7 @@ func (w *Writer) content(ctx context.Context, n *inode, r io.Reader) error {
 		}
 		size := min(chunk, n.size-done)
 		padded := int(roundUp(size, blockSize))
-		b, err := w.out.reserve(padded)
+		b, err := l.out.reserve(padded)
 		if err != nil {
 			return err
 		}
@@ -90,30 +147,34 @@ func (w *Writer) content(ctx context.Context, n *inode, r io.Reader) error {
 		}
 		clear(b[size:])
 		if isZero(b) {
-			n.addHole(done/chunk, uint32(chunk/blockSize), bits)
+			n.addChunk(done/chunk, hole, bits)
 			continue
 		}
-		block := uint32(w.out.block())
-		w.out.advance(padded)
-		switch {
-		case n.layout == layoutChunks:
-			n.chunks = append(n.chunks, block)
-		case done == 0:
-			n.block = block
-		}
+		n.addChunk(done/chunk, uint32(l.out.block()), bits)
+		l.out.advance(padded)
 	}
 	return nil
 }
 
-// addHole says that chunk number i has no blocks. Up to here the file may have been one extent.
-func (n *inode) addHole(i int64, per uint32, bits uint) {
+// addChunk says where chunk number i of the file is. As long as each follows the one before, the file is
+// one extent.
+func (n *inode) addChunk(i int64, block uint32, bits uint) {
+	per := uint32(1) << (bits - blockBits)
 	if n.layout != layoutChunks {
+		switch {
+		case block == hole:
+		case i == 0:
+			n.block = block
+			return
+		case block == n.block+uint32(i)*per:
+			return
+		}
 		n.layout, n.chunkBits = layoutChunks, bits
 		for at := range uint32(i) {
 			n.chunks = append(n.chunks, n.block+at*per)
 		}
 	}
-	n.chunks = append(n.chunks, hole)
+	n.chunks = append(n.chunks, block)
 }
 
 // chunkSize returns the bytes of a chunk, and their logarithm, for a file of the given size.

@@ -87,7 +87,11 @@ func makeImage(t *testing.T, image string) {
 	}
 	defer f.Close()
 	e := erofs.NewWriter(f, [16]byte{1}, erofs.Limits{})
-	if err := e.AddLayer(t.Context(), &layer); err != nil {
+	l, err := e.Read(t.Context(), &layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Apply(t.Context(), l); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := e.Finish(); err != nil {
