@@ -52,54 +52,66 @@ type converter struct {
 	unpacked *atomic.Int64
 }
 
-// merge reads layers, some at once, and applies them in their order.
+// merge reads layers, some at once, and applies them in their order. turns has a channel for each layer,
+// in that order, on which it comes when it has been read.
 func (c *converter) merge(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	free := make(chan struct{}, min(parallelLayers, runtime.GOMAXPROCS(0)))
 	turns := make(chan chan *erofs.Layer, waitingLayers)
 	g.Go(func() error {
 		defer close(turns)
-		for i := range c.layers {
-			turn := make(chan *erofs.Layer, 1)
-			select {
-			case turns <- turn:
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			}
-			select {
-			case free <- struct{}{}:
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			}
-			g.Go(func() error {
-				l, err := c.read(ctx, i)
-				if err != nil {
-					return err
-				}
-				turn <- l
-				<-free
-				return nil
-			})
-		}
-		return nil
+		return c.readAll(ctx, g, turns)
 	})
-	g.Go(func() error {
-		for i := 0; ; i++ {
-			turn, ok := <-turns
-			if !ok {
-				return nil
-			}
-			select {
-			case l := <-turn:
-				if err := c.w.Apply(ctx, l); err != nil {
-					return c.wrap(i, err)
-				}
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			}
-		}
-	})
+	g.Go(func() error { return c.applyAll(ctx, turns) })
 	return g.Wait()
+}
+
+func (c *converter) readAll(ctx context.Context, g *errgroup.Group, turns chan<- chan *erofs.Layer) error {
+	busy := make(chan struct{}, min(parallelLayers, runtime.GOMAXPROCS(0)))
+	for i := range c.layers {
+		turn := make(chan *erofs.Layer, 1)
+		if err := send(ctx, turns, turn); err != nil {
+			return err
+		}
+		if err := send(ctx, busy, struct{}{}); err != nil {
+			return err
+		}
+		g.Go(func() error {
+			l, err := c.read(ctx, i)
+			if err != nil {
+				return err
+			}
+			turn <- l
+			<-busy
+			return nil
+		})
+	}
+	return nil
+}
+
+func (c *converter) applyAll(ctx context.Context, turns <-chan chan *erofs.Layer) error {
+	i := 0
+	for turn := range turns {
+		select {
+		case l := <-turn:
+			if err := c.w.Apply(ctx, l); err != nil {
+				return c.wrap(i, err)
+			}
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		i++
+	}
+	return nil
+}
+
+// send waits until v is taken, or ctx ends.
+func send[T any](ctx context.Context, to chan<- T, v T) error {
+	select {
+	case to <- v:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // wrap says that an error is of layer i.

@@ -77,6 +77,7 @@ func TestPullKindsOfImages(t *testing.T) {
 	}
 }
 
+// TestCompressionsGiveTheSameImage has one layer: where the content of several is depends on how they arrive.
 func TestCompressionsGiveTheSameImage(t *testing.T) {
 	var files [][]byte
 	layers, err := torture.Layers(t.TempDir())
@@ -85,7 +86,7 @@ func TestCompressionsGiveTheSameImage(t *testing.T) {
 	}
 	for _, pack := range []func([]byte) []byte{gzipped, zstdChunked} {
 		r, s := newTestRegistry(t), newStore(t)
-		r.push("a", testImage{layers: layers[:3], pack: pack})
+		r.push("a", testImage{layers: layers[:1], pack: pack})
 		data, err := os.ReadFile(s.imagePath(digest.Digest(mustPull(t, s, r.host+"/a:1").ID)))
 		if err != nil {
 			t.Fatal(err)

@@ -42,7 +42,7 @@ type Figure struct {
 var rows = []string{
 	"boot alone", "RunPodSandbox", "RunPodSandbox less CNI", "CreateContainer", "StartContainer", "Create+Start", "pod running",
 	"ExecSync", "Stop+Remove", "pss", "processes",
-	"idle: start", "idle: last to first", "idle: pss per pod", "idle: pss with a container", "idle: memory taken per pod", "idle: pods lost", "own time", "own time on the node",
+	"idle: start", "idle: last to first", "idle: pss per pod", "idle: largest pss", "idle: pss with a container", "idle: memory taken per pod", "idle: pods lost", "own time", "own time on the node",
 }
 
 // named are the rows that any of the runtimes has figures for.

@@ -127,39 +127,51 @@ func (s *subject) density(ctx context.Context, n int) (err error) {
 		}
 		s.add("idle: start", time.Since(start).Seconds())
 	}
-	left, pss, err := weighAll(pods)
+	left, pss, largest, err := weighAll(pods)
 	if err != nil {
 		return err
 	}
-	s.samples["idle: pods lost"] = []float64{float64(n - len(left))}
 	s.samples["idle: pss per pod"] = []float64{pss}
+	s.samples["idle: largest pss"] = []float64{largest}
 	s.samples["idle: memory taken per pod"] = []float64{(before - available()) / float64(n)}
 	for i, p := range left {
-		if err := errors.Join(p.create(ctx, false), p.start(ctx, false)); err != nil {
+		err := p.create(ctx, false)
+		if err == nil {
+			err = p.start(ctx, false)
+		}
+		if err != nil && p.ready(ctx) {
 			return fmt.Errorf("container of idle pod %d: %w", i+1, err)
 		}
 	}
-	if _, pss, err = weighAll(left); err != nil {
+	if left, pss, _, err = weighAll(left); err != nil {
 		return err
 	}
+	s.samples["idle: pods lost"] = []float64{float64(n - len(left))}
 	s.samples["idle: pss with a container"] = []float64{pss}
 	return nil
 }
 
-// weighAll returns the pods that are there, and the mean of their PSS.
-func weighAll(pods []*pod) (left []*pod, pss float64, err error) {
+// ready tells whether the pod is there, so that it is not to blame for what failed in it.
+func (p *pod) ready(ctx context.Context) bool {
+	status, err := p.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.id})
+	return err != nil || status.GetStatus().GetState() == cri.PodSandboxState_SANDBOX_READY
+}
+
+// weighAll returns the pods that are there, the mean of their PSS, and the largest.
+func weighAll(pods []*pod) (left []*pod, pss, largest float64, err error) {
 	for _, p := range pods {
 		w, err := Weigh(p.id)
 		if errors.Is(err, errNone) {
 			continue
 		}
 		if err != nil {
-			return nil, 0, err
+			return nil, 0, 0, err
 		}
 		left = append(left, p)
 		pss += w.PSS
+		largest = max(largest, w.PSS)
 	}
-	return left, pss / float64(max(len(left), 1)), nil
+	return left, pss / float64(max(len(left), 1)), largest, nil
 }
 
 // pod is one pod with one container.

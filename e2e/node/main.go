@@ -14,7 +14,8 @@
 //	node log                print its console
 //	node down               power it off
 //
-// It needs root and, from Debian: qemu-system-x86 debootstrap openssh-client e2fsprogs.
+// It needs root and, from Debian: qemu-system-x86 debootstrap openssh-client e2fsprogs. QEMU 10
+// or newer does better than 7.2 (see cpu).
 package main
 
 import (
@@ -33,6 +34,7 @@ func main() {
 	n := &node{}
 	flag.StringVar(&n.dir, "dir", "/var/tmp/caisson-node", "`folder` of its disk and key")
 	flag.IntVar(&n.port, "port", 2223, "TCP `port` on the loopback for ssh")
+	flag.StringVar(&n.qemu, "qemu", "qemu-system-x86_64", "QEMU `binary`")
 	flag.IntVar(&n.memory, "memory", 8192, "memory in `MiB`")
 	flag.IntVar(&n.cpus, "cpus", 2, "number of `CPUs`")
 	flag.StringVar(&n.diskSize, "disk", "24G", "`size` of its disk (build)")
@@ -59,9 +61,9 @@ func usage() {
 }
 
 type node struct {
-	dir, diskSize, packages string
-	port, memory, cpus      int
-	limit                   time.Duration
+	dir, qemu, diskSize, packages string
+	port, memory, cpus            int
+	limit                         time.Duration
 }
 
 func (n *node) path(name string) string { return filepath.Join(n.dir, name) }

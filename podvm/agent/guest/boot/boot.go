@@ -22,6 +22,7 @@ func Init() (*Guest, error) {
 			return nil, err
 		}
 	}
+	collectWhenNeeded()
 	return devices()
 }
 
