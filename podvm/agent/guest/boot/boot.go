@@ -22,7 +22,6 @@ func Init() (*Guest, error) {
 			return nil, err
 		}
 	}
-	collectWhenNeeded()
 	return devices()
 }
 
