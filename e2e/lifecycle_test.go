@@ -201,7 +201,7 @@ func testResources(t *testing.T, d *harness.Daemon) {
 // testSize: a pod's VM is as large as the pod may be, and follows when that changes.
 func testSize(t *testing.T, d *harness.Daemon) {
 	pod := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
-		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 320 << 20}
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 640 << 20}
 	})
 	c := pod.Run(images.Busybox, sleeper)
 	size := func() (mib, cpus int) {
@@ -218,24 +218,24 @@ func testSize(t *testing.T, d *harness.Daemon) {
 		return err
 	}
 	// The guest's own kernel and its tables have some of it.
-	if mib, _ := size(); mib < 320 || mib > 320+64 {
-		t.Errorf("a pod that may use 320 MiB has %d", mib)
+	if mib, _ := size(); mib < 640 || mib > 640+64 {
+		t.Errorf("a pod that may use 640 MiB has %d", mib)
 	}
 	wanted := int64(min(2, runtime.NumCPU()))
-	if err := update(768<<20, wanted); err != nil {
+	if err := update(896<<20, wanted); err != nil {
 		t.Fatal(err)
 	}
-	if mib, cpus := size(); mib < 768 || mib > 768+64 || cpus != int(wanted) {
-		t.Errorf("a pod that may use 768 MiB and %d CPUs has %d and %d", wanted, mib, cpus)
+	if mib, cpus := size(); mib < 896 || mib > 896+64 || cpus != int(wanted) {
+		t.Errorf("a pod that may use 896 MiB and %d CPUs has %d and %d", wanted, mib, cpus)
 	}
 	if err := update(1<<60, wanted); status.Code(err) != codes.OutOfRange {
 		t.Errorf("more than the node has: %v", err)
 	}
-	if err := update(384<<20, 1); err != nil {
+	if err := update(640<<20, 1); err != nil {
 		t.Fatal(err)
 	}
 	harness.Eventually(t, "memory is given back", func() error {
-		if mib, _ := size(); mib >= 768 {
+		if mib, _ := size(); mib >= 896 {
 			return fmt.Errorf("the guest has %d MiB", mib)
 		}
 		return nil
