@@ -14,8 +14,8 @@
 //	node log                print its console
 //	node down               power it off
 //
-// It needs root and, from Debian: qemu-system-x86 debootstrap openssh-client e2fsprogs. QEMU 10
-// or newer does better than 7.2 (see cpu).
+// It needs root and, from Debian: qemu-system-x86 debootstrap openssh-client e2fsprogs. Clones
+// start faster by QEMU 10 than by 7.2.
 package main
 
 import (

@@ -18,10 +18,10 @@ const bootLimit = 4 * time.Minute
 
 const remote = "root@127.0.0.1"
 
-// cpu is what is emulated: all that QEMU can, but for five-level page tables and protection keys, with
-// which QEMU 7.2 lost more. Its emulation of nested virtualization is not exact: now and then a guest takes
-// a triple fault, or the node's own kernel dies with its guest's values in its registers. Of 40 clones 5
-// were lost with them, without them one of 122, with QEMU 10 one of 180.
+// cpu is what is emulated: all that QEMU can, but for five-level page tables and protection keys. Its
+// emulation of nested virtualization is not exact: now and then a guest takes a triple fault or hangs, or
+// the node's own kernel dies. Of 40 clones by QEMU 7.2 five were lost with the two, of 122 without them one;
+// of some 330 by QEMU 10, without them, two.
 const cpu = "max,la57=off,pku=off"
 
 // up boots the node, unless it already answers.
@@ -82,12 +82,13 @@ func (n *node) waitUp(ctx context.Context, ended <-chan error) error {
 	return nil
 }
 
-// warnOfOld says so where QEMU is one whose nested guests die more often.
+// warnOfOld says so where clones start more slowly than they need: their guests answered after a sixth of a
+// boot by QEMU 7.2, after a tenth by QEMU 10.
 func (n *node) warnOfOld(ctx context.Context) {
 	out, err := exec.CommandContext(ctx, n.qemu, "--version").Output()
 	var major int
 	if _, scanErr := fmt.Sscanf(string(out), "QEMU emulator version %d.", &major); err == nil && scanErr == nil && major < 10 {
-		fmt.Fprintf(os.Stderr, "node: QEMU %d loses nested guests more often than version 10 does, and copies more of their memory: Debian 12 has that in its backports\n", major)
+		fmt.Fprintf(os.Stderr, "node: clones start more slowly by QEMU %d than by version 10, with which docs/PERFORMANCE.md was measured; Debian 12 has that in its backports\n", major)
 	}
 }
 
