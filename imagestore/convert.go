@@ -38,12 +38,10 @@ func convert(ctx context.Context, f *os.File, id digest.Digest, layers []*spool,
 	return c.w.Finish()
 }
 
-// Layers are read two at a time, as decompression takes most of a pull: more would need more memory than a
-// pull is to have. How many that have been read wait for those below them is bounded for that reason, too.
-const (
-	parallelLayers = 2
-	waitingLayers  = 8
-)
+// parallelLayers are read at a time, as decompression takes most of a pull: more would need more memory than
+// a pull is to have. No more are kept until those below them have been applied, either, because a hostile
+// layer can have as many names as the image.
+const parallelLayers = 2
 
 type converter struct {
 	w        *erofs.Writer
@@ -56,7 +54,7 @@ type converter struct {
 // in that order, on which it comes when it has been read.
 func (c *converter) merge(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	turns := make(chan chan *erofs.Layer, waitingLayers)
+	turns := make(chan chan *erofs.Layer, parallelLayers-1) // and one is applied
 	g.Go(func() error {
 		defer close(turns)
 		return c.readAll(ctx, g, turns)

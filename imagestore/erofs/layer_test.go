@@ -162,6 +162,35 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestLimitsOfAllLayers has layers that keep within the limits each, and do not together.
+func TestLimitsOfAllLayers(t *testing.T) {
+	attribute := func(name string) []byte {
+		b := torture.NewTar()
+		b.Add(tar.Header{Name: name, PAXRecords: map[string]string{"SCHILY.xattr.user.x": strings.Repeat("x", 20_000)}}, "")
+		return b.Bytes()
+	}
+	for name, layers := range map[string][2][]byte{
+		"files":    {archiveOf("f a x\nf b x\nf c x"), archiveOf("f d x\nf e x\nf f x")},
+		"content":  {archiveOf("f a " + strings.Repeat("x", 60_000)), archiveOf("f b " + strings.Repeat("x", 60_000))},
+		"metadata": {attribute("a"), attribute("b")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, err := os.Create(filepath.Join(t.TempDir(), "image"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Metadata: 30_000})
+			if err := add(t.Context(), w, layers[0]); err != nil {
+				t.Fatal(err)
+			}
+			if err := add(t.Context(), w, layers[1]); !errdefs.IsResourceExhausted(err) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
 func TestCancel(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	why := errors.New("the pull was given up")

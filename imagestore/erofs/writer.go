@@ -70,7 +70,7 @@ func (l Limits) check(entries, metadata int) error {
 	return nil
 }
 
-// Writer makes one image. Its layers may be read at the same time (see Layer); all else is for one
+// Writer makes one image. Its layers may be read at the same time (see Read); all else is for one
 // goroutine.
 type Writer struct {
 	f     *os.File
