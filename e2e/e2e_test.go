@@ -32,6 +32,8 @@ func TestPods(t *testing.T) {
 		{"Grace", testGrace},
 		{"TerminationMessage", testTerminationMessage},
 		{"Volumes", testVolumes},
+		{"HostDirectory", testHostDirectory},
+		{"HostDirectoryRefused", testHostDirectoryRefused},
 		{"Resources", testResources},
 		{"Size", testSize},
 		{"Stats", testStats},

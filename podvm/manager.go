@@ -67,7 +67,7 @@ type Options struct {
 	Guest   guestimage.Files
 	Network Network
 	Images  Images
-	// Shares serves directories of the host to guests; nil: containers that want one are refused.
+	// Shares serves directories of the host to guests.
 	Shares Shares
 	// Templates, where set, are what pods are cloned from, one per Scope: "node", "namespace".
 	Templates Templates

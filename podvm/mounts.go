@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/share"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
@@ -71,11 +72,16 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 	case !info.IsDir():
 		return nil, special(path, info.Mode())
 	case match != nil && match[1] == "empty-dir":
-		return to, emptyDir(to, path, match[2], match[3], info)
+		return to, emptyDir(to, strings.TrimSuffix(path, match[3]), match[2], match[3])
 	case match != nil && match[3] == "":
 		return to, n.copyVolume(to, path)
 	}
-	return to, n.share(ctx, to, path, m.ReadOnly)
+	if dir, sub, err := emptyDirOf(path); err != nil {
+		return nil, err
+	} else if dir != "" {
+		return to, emptyDir(to, dir, filepath.Base(dir), sub)
+	}
+	return to, n.share(ctx, to, path, m)
 }
 
 // elsewhere is what is left to do about what no VM can have.
@@ -111,14 +117,10 @@ func mountOptions(m Mount) []string {
 	return options
 }
 
-// hostPath resolves symbolic links, and makes a directory that is missing, as containerd does, where
-// directories can be served.
+// hostPath resolves symbolic links, and makes a directory that is missing, as containerd does.
 func (n *newContainer) hostPath(path string) (string, fs.FileInfo, error) {
 	real, err := filepath.EvalSymlinks(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		if n.m.o.Shares == nil {
-			return "", nil, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
-		}
 		if err := os.MkdirAll(path, 0o755); err != nil {
 			return "", nil, noSpace(err, path)
 		}
@@ -153,12 +155,15 @@ func (n *newContainer) copyFile(to *agent.Mount, path string, info fs.FileInfo, 
 }
 
 // emptyDir is made in the guest: on the scratch disk, or as a tmpfs where the kubelet made one.
-func emptyDir(to *agent.Mount, path, name, sub string, info fs.FileInfo) error {
+func emptyDir(to *agent.Mount, root, name, sub string) error {
 	e := &agent.EmptyDir{Name: name, SubPath: strings.TrimPrefix(sub, "/")}
+	info, err := os.Stat(root)
+	if err != nil {
+		return fmt.Errorf("emptyDir %s: %w", name, err)
+	}
 	if st, ok := info.Sys().(*unixStat); ok {
 		e.Mode, e.Gid = st.Mode&0o7777, st.Gid
 	}
-	root := strings.TrimSuffix(path, sub)
 	var file, parent unix.Statfs_t
 	if err := errors.Join(unix.Statfs(root, &file), unix.Statfs(filepath.Dir(root), &parent)); err != nil {
 		return fmt.Errorf("emptyDir %s: %w", name, err)
@@ -174,11 +179,19 @@ func emptyDir(to *agent.Mount, path, name, sub string, info fs.FileInfo) error {
 }
 
 // share has a directory of the host served to the guest.
-func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, readOnly bool) error {
-	if n.m.o.Shares == nil {
-		return fmt.Errorf("host directory %s: only emptyDir, configMap, secret, projected and downwardAPI volumes, image volumes and single files reach a pod in a VM yet; use one of these, or %s: %w", path, elsewhere, errdefs.ErrNotImplemented)
+func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, m Mount) error {
+	d := share.Dir{Path: path, ReadOnly: m.ReadOnly, Recursive: m.RecursiveReadOnly, Follow: m.Propagation == "rslave"}
+	if d.ReadOnly && !d.Recursive {
+		below, err := mountsBelow(path)
+		if err != nil {
+			return err
+		}
+		if d.Recursive = !below && !d.Follow; !d.Recursive {
+			// For the guest all of it is one mount: what may be written of it is left to the node.
+			to.Options = slices.DeleteFunc(to.Options, func(o string) bool { return o == "ro" })
+		}
 	}
-	d := SharedDir{Tag: setName(fmt.Sprint(path, " ", readOnly)), Path: path, ReadOnly: readOnly}
+	d.Tag = setName(fmt.Sprint(d.Path, " ", d.ReadOnly, " ", d.Recursive, " ", d.Follow))
 	if err := n.serve(ctx, d); err != nil {
 		return err
 	}
@@ -190,14 +203,17 @@ func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, 
 }
 
 // serve begins to serve a directory to the guest.
-func (p *Pod) serve(ctx context.Context, d SharedDir) error {
-	if p.m.o.Shares == nil {
-		return fmt.Errorf("host directory %s: none are served: %w", d.Path, errdefs.ErrNotImplemented)
-	}
-	if err := p.m.o.Shares.Share(ctx, p.id, p, d); err != nil {
+func (p *Pod) serve(ctx context.Context, d share.Dir) error {
+	pod := share.Pod{ID: p.id, Dir: p.m.layout.run(p.id), Cgroup: p.record.now().VM.Cgroup, Guest: p}
+	if err := p.m.o.Shares.Share(ctx, pod, d); err != nil {
 		return fmt.Errorf("host directory %s: %w", d.Path, err)
 	}
 	return nil
+}
+
+// release ends what is served to the guest.
+func (p *Pod) release(ctx context.Context) error {
+	return p.m.o.Shares.Release(ctx, p.m.layout.run(p.id))
 }
 
 // guestDevices are devices that every guest has itself.

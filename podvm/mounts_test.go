@@ -46,7 +46,6 @@ func TestMountsRefused(t *testing.T) {
 		"socket":           {at(socket), "over the network"},
 		"named pipe":       {at(pipe), "named pipe"},
 		"character device": {at("/dev/null"), "character device"},
-		"directory":        {at(dir), "emptyDir"},
 		"huge pages":       {at(pages), "use medium Memory"},
 		"device":           {ContainerConfig{Devices: []Device{{HostPath: "/dev/ptmx", ContainerPath: "/dev/x"}}}, "privileged"},
 	} {

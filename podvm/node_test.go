@@ -32,6 +32,7 @@ type node struct {
 	driver  *vmmtest.Fake
 	network *fakeNetwork
 	images  *fakeImages
+	shares  *fakeShares
 	// templates, if set before start, and starts are options.
 	templates Templates
 	starts    Observer
@@ -46,7 +47,7 @@ type node struct {
 }
 
 func newNode(t *testing.T) *node {
-	n := &node{t: t, dir: t.TempDir(), network: &fakeNetwork{}, images: &fakeImages{}, agents: map[string]*fakeAgent{}}
+	n := &node{t: t, dir: t.TempDir(), network: &fakeNetwork{}, images: &fakeImages{}, shares: &fakeShares{}, agents: map[string]*fakeAgent{}}
 	n.driver = &vmmtest.Fake{Serve: func(v *vmmtest.FakeVM, c net.Conn) { n.agentOf(v.ID()).serve(c) }}
 	n.images.file = filepath.Join(n.dir, "image.erofs")
 	if err := os.WriteFile(n.images.file, []byte("image"), 0o600); err != nil {
@@ -71,7 +72,7 @@ func (n *node) start() {
 	m, err := New(Options{
 		Root: root, State: filepath.Join(n.dir, "run"),
 		Driver: n.driver, Drivers: map[string]vmm.Driver{n.driver.Name(): n.driver},
-		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images,
+		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images, Shares: n.shares,
 		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4<<30 + 5<<20}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
 	})
 	if err != nil {

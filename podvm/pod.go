@@ -258,7 +258,7 @@ func (p *Pod) killMachine(ctx context.Context) error {
 		return fmt.Errorf("kill its VM: %w", err)
 	}
 	p.setMachine(nil)
-	return nil
+	return p.release(ctx)
 }
 
 // letGo ends what follows the VM, and waits for nothing.
@@ -266,9 +266,6 @@ func (p *Pod) letGo() {
 	p.tasks.stop()
 	p.client.Close() // an error is that of a stream which is of no use any more
 	p.m.syncer.forget(p)
-	if p.m.o.Shares != nil {
-		p.m.o.Shares.Release(p.id)
-	}
 }
 
 // Remove stops the pod if need be and removes it with its containers and disks.

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/caisson-vm/caisson/network"
+	"github.com/caisson-vm/caisson/podvm/share"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
@@ -28,7 +29,7 @@ type podRecord struct {
 	// Disks are the images and block devices attached to the VM, and their addresses in the guest.
 	Disks map[string]string `json:",omitempty"`
 	// Shares are the directories of the host that are served to the guest.
-	Shares []SharedDir `json:",omitempty"`
+	Shares []share.Dir `json:",omitempty"`
 }
 
 // stage is how far a pod's life has come.

@@ -274,7 +274,7 @@ func (m *Manager) sweep(ctx context.Context) error {
 func (m *Manager) sweepRun(ctx context.Context, dir string) {
 	ctx, cancel := context.WithTimeout(ctx, attachLimit)
 	defer cancel()
-	if err := process.KillIn(ctx, dir); err != nil {
+	if err := errors.Join(process.KillIn(ctx, dir), m.o.Shares.Release(ctx, dir)); err != nil {
 		slog.Error("end a VM without a pod", "dir", dir, "err", err)
 		return
 	}

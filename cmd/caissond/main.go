@@ -13,6 +13,8 @@ import (
 
 	"github.com/containers/storage/pkg/reexec"
 	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/podvm/share"
 )
 
 // version is set by the linker.
@@ -33,8 +35,13 @@ func commands() []command {
 		{"config", "[--config FILE]", "print the effective configuration", printConfig},
 		{"guest", "build [--output DIR] [--agent FILE]", "build the guest's kernel and initramfs", guest},
 		{"version", "", "print the version", printVersion},
+		{name: shareCommand, run: func(context.Context, []string) error { return share.Serve() }},
 	}
 }
+
+// shareCommand is the process that the daemon starts for a pod with host directories; nobody else does, and
+// so it has no help.
+const shareCommand = "share"
 
 func main() {
 	if reexec.Init() {
@@ -61,6 +68,9 @@ func dispatch(ctx context.Context, args []string) error {
 		fmt.Println("caissond runs Kubernetes pods in virtual machines.")
 		fmt.Println()
 		for _, c := range all {
+			if c.help == "" {
+				continue
+			}
 			fmt.Printf("  caissond %-46s %s\n", c.name+" "+c.args, c.help)
 		}
 		return nil

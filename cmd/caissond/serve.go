@@ -21,6 +21,7 @@ import (
 	"github.com/caisson-vm/caisson/network"
 	"github.com/caisson-vm/caisson/podvm"
 	"github.com/caisson-vm/caisson/podvm/guestimage"
+	"github.com/caisson-vm/caisson/podvm/share"
 	"github.com/caisson-vm/caisson/podvm/state"
 	"github.com/caisson-vm/caisson/podvm/template"
 	"github.com/caisson-vm/caisson/podvm/vmm"
@@ -72,6 +73,7 @@ type node struct {
 	metrics   *metrics.Metrics
 	cri       *server.Server
 	templates *template.Store
+	shares    *share.Server
 }
 
 func newDaemon(ctx context.Context, c Config) (*node, error) {
@@ -87,7 +89,10 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 		return nil, err
 	}
 	slog.Info("driver", "name", found.driver.Name(), "version", found.driver.Version(), "reason", found.reason, "guest", g.Version)
-	d := &node{config: c, metrics: metrics.New(version, found.driver.Name(), g.Version)}
+	d := &node{
+		config: c, metrics: metrics.New(version, found.driver.Name(), g.Version),
+		shares: share.New("/proc/self/exe", shareCommand),
+	}
 	d.images, err = imagestore.Open(imagestore.Options{
 		Root: filepath.Join(c.Root, "images"), Pinned: c.Images.Pinned,
 		RegistriesConf: c.Images.RegistriesConf, Policy: c.Images.Policy, Pulled: d.metrics.ObservePull,
@@ -105,7 +110,9 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 	}
 	d.cri, err = server.New(ctx, server.Options{
 		Pods: server.Manage(d.pods), Images: d.images, Runtime: runtimeReady(c, g, found.driver.Name()), Network: cni.Status, Root: filepath.Join(c.Root, "pods"), Version: version,
-		Info:     map[string]any{"config": c, "driver": found.driver.Name(), "driverVersion": found.driver.Version(), "driverReason": found.reason, "guest": g},
+		Info: map[string]any{"config": c, "driver": found.driver.Name(), "driverVersion": found.driver.Version(), "driverReason": found.reason, "guest": g},
+		// A mount of a guest has none below it that is not the mount's own.
+		Features: server.Features{RecursiveReadOnlyMounts: true},
 		Observer: d.metrics,
 	})
 	if err != nil {
@@ -134,6 +141,7 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 	o := podvm.Options{
 		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
 		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, Warm: c.warm(found.driver.Name()), Observer: d.metrics,
+		Shares: d.shares,
 	}
 	d.templates, err = template.New(template.Options{ // also without a use for it: it removes what there was
 		Dir: filepath.Join(c.Root, "templates"), Run: c.State, Driver: found.driver,
@@ -229,6 +237,7 @@ func (d *node) close() {
 	if err := errors.Join(d.cri.Close(), d.pods.Close()); err != nil {
 		slog.Error("end", "err", err)
 	}
+	d.shares.Close()
 	d.templates.Close()
 	d.images.Close()
 }

@@ -26,6 +26,7 @@ var rules = map[string][]string{
 	"podvm/agent/guest": {"podvm/agent", "podvm/vmm", "internal"},
 	"podvm/guestimage":  {"internal"},
 	"podvm/template":    {"podvm/vmm", "podvm/vmm/process", "internal"},
+	"podvm/share":       {"podvm/agent", "podvm/vmm", "podvm/vmm/process", "internal"},
 	"podvm/state":       {"internal"},
 	"podvm/vmm":         {"internal"},
 	"podvm/vmm/qemu":    {"podvm/vmm", "podvm/vmm/machine", "podvm/vmm/process", "podvm/vmm/tail", "internal"},
@@ -50,6 +51,7 @@ var ends = map[string][]string{
 	"github.com/containers/":              {"imagestore", "cmd/caissond", "e2e"},
 	"github.com/containernetworking/":     {"network"},
 	"github.com/prometheus/client_golang": {"metrics", "e2e"},
+	"github.com/hanwen/go-fuse/":          {"podvm/share"},
 	"github.com/hashicorp/yamux":          {"internal/serialmux"},
 }
 

@@ -1446,8 +1446,7 @@ func (x *DiskMount) GetSubPath() string {
 
 type Share struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
-	SubPath       string                 `protobuf:"bytes,2,opt,name=sub_path,json=subPath,proto3" json:"sub_path,omitempty"`
+	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"` // of the stream that serves it (StreamHeader.kind share)
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1485,13 +1484,6 @@ func (*Share) Descriptor() ([]byte, []int) {
 func (x *Share) GetTag() string {
 	if x != nil {
 		return x.Tag
-	}
-	return ""
-}
-
-func (x *Share) GetSubPath() string {
-	if x != nil {
-		return x.SubPath
 	}
 	return ""
 }
@@ -2770,10 +2762,9 @@ const file_agent_proto_rawDesc = "" +
 	"\tDiskMount\x12\x12\n" +
 	"\x04addr\x18\x01 \x01(\tR\x04addr\x12\x10\n" +
 	"\x03dax\x18\x02 \x01(\bR\x03dax\x12\x19\n" +
-	"\bsub_path\x18\x03 \x01(\tR\asubPath\"4\n" +
+	"\bsub_path\x18\x03 \x01(\tR\asubPath\"\x19\n" +
 	"\x05Share\x12\x10\n" +
-	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x19\n" +
-	"\bsub_path\x18\x02 \x01(\tR\asubPath\"!\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\"!\n" +
 	"\vBlockDevice\x12\x12\n" +
 	"\x04addr\x18\x01 \x01(\tR\x04addr\"\x1e\n" +
 	"\fStartRequest\x12\x0e\n" +

@@ -129,14 +129,16 @@ func (c *Client) open(ctx context.Context, h Header) (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dial the agent: %w", err)
 	}
-	if err := handshake(ctx, conn, h); err != nil {
+	if _, err := Handshake(ctx, conn, h); err != nil {
 		conn.Close()
 		return nil, err
 	}
 	return conn, nil
 }
 
-func handshake(ctx context.Context, conn net.Conn, h Header) error {
+// Handshake sends a stream's header and awaits the agent's reply, until ctx ends. The error is the guest's,
+// if it refuses, or ErrUnavailable where the stream broke.
+func Handshake(ctx context.Context, conn net.Conn, h Header) (Reply, error) {
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	var r Reply
 	err := WriteMessage(conn, h)
@@ -144,10 +146,10 @@ func handshake(ctx context.Context, conn net.Conn, h Header) error {
 		err = ReadMessage(conn, &r)
 	}
 	if !stop() {
-		return context.Cause(ctx)
+		return r, context.Cause(ctx)
 	}
 	if err != nil {
-		return fmt.Errorf("open a stream to the agent: %w: %w", err, errdefs.ErrUnavailable)
+		return r, fmt.Errorf("open a stream to the agent: %w: %w", err, errdefs.ErrUnavailable)
 	}
-	return r.Err()
+	return r, r.Err()
 }

@@ -10,7 +10,7 @@
 //	attach       frames both ways, to and from a running container
 //	output       Record frames from the guest (see Output), acknowledged by 8-byte big endian offsets
 //	portforward  raw bytes to and from a TCP port on the guest's loopback, with half-close
-//	share        FUSE messages: requests from the guest, replies from the host
+//	share        a Link with FUSE messages: requests from the guest, replies from the host
 //
 // A frame is a type (1 byte), a length (4 bytes, big endian, at most FrameMax) and that many bytes.
 package agent
@@ -58,6 +58,11 @@ type Header struct {
 	Port uint16 `json:"port,omitempty"`
 	// Tag of the shared directory (KindShare).
 	Tag string `json:"tag,omitempty"`
+	// Session of the file system that serves it (KindShare). Another one than before knows nothing of what
+	// the guest has open: what was mounted is dead then, and mounted anew for who comes.
+	Session uint64 `json:"session,omitempty"`
+	// Received is how many messages of the session's Link the host has received (KindShare).
+	Received uint64 `json:"received,omitempty"`
 }
 
 // Reply answers a Header. Error is empty on success; Code is then unset, and otherwise the name
@@ -65,6 +70,8 @@ type Header struct {
 type Reply struct {
 	Error string `json:"error,omitempty"`
 	Code  string `json:"code,omitempty"`
+	// Received is how many messages of the session's Link the guest has received (KindShare).
+	Received uint64 `json:"received,omitempty"`
 }
 
 // FrameType says what a frame of an exec or attach stream carries.

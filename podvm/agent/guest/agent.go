@@ -45,6 +45,7 @@ type Agent struct {
 	watch  *hub
 	files  *fileSets
 	vols   *volumes
+	shares *hostDirs
 	pid    podPID
 	// sealed is crun as it is run.
 	sealed *sealed
@@ -83,7 +84,7 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("seal the container runtime: %w", err)
 	}
-	for _, dir := range []string{"containers", "crun", "disks", "files", "layers", "volumes"} {
+	for _, dir := range []string{"containers", "crun", "disks", "files", "layers", "shares", "volumes"} {
 		if err := os.MkdirAll(filepath.Join(o.Root, dir), 0o711); err != nil {
 			return nil, err
 		}
@@ -97,6 +98,7 @@ func New(o Options) (*Agent, error) {
 	a.disks = newDisks(a.path("disks"))
 	a.files = newFileSets(a.path("files"))
 	a.vols = newVolumes(a.path("volumes"))
+	a.shares = newHostDirs(a.path("shares"))
 	a.pid = podPID{agent: a, turn: make(chan struct{}, 1)}
 	return a, nil
 }
@@ -154,6 +156,8 @@ func (a *Agent) stream(ctx context.Context, s *ttrpc.Server, c net.Conn) error {
 		return a.output(c, h)
 	case agent.KindPortForward:
 		return portForward(ctx, c, h.Port)
+	case agent.KindShare:
+		return a.share(c, h)
 	}
 	return refuse(c, fmt.Errorf("agent %s serves no stream of kind %q: %w", a.o.Version, h.Kind, errdefs.ErrNotImplemented))
 }

@@ -8,11 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
+	"github.com/caisson-vm/caisson/podvm/share"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +29,10 @@ const testImage = "serial:image"
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == PauseArg {
 		Pause()
+	}
+	if len(os.Args) == 2 && os.Args[1] == shareArg {
+		fmt.Fprintln(os.Stderr, "serve host directories:", share.Serve())
+		os.Exit(1)
 	}
 	if dir := os.Getenv(agentDir); dir != "" {
 		fmt.Fprintln(os.Stderr, "agent under test:", serveUnderTest(dir))
@@ -93,6 +99,13 @@ func setupRequest() *agent.SetupRequest {
 // bareAgent runs an agent that has not been set up.
 func bareAgent(t *testing.T) (context.Context, *agent.Client) {
 	t.Helper()
+	ctx, client, _ := dialAgent(t)
+	return ctx, client
+}
+
+// dialAgent runs an agent that has not been set up, and returns by what it is dialled, too.
+func dialAgent(t *testing.T) (context.Context, *agent.Client, agent.Dialer) {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "cg-")
 	if err != nil {
 		t.Fatal(err)
@@ -112,10 +125,16 @@ func bareAgent(t *testing.T) (context.Context, *agent.Client) {
 	cmd.Env = append(os.Environ(), agentDir+"="+dir)
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	started, ended := make(chan error), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // its parent is this thread, with which it would die
+		started <- cmd.Start()
+		<-ended
+	}()
+	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait(); close(ended) })
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
 	sock := filepath.Join(dir, "sock")
@@ -131,7 +150,7 @@ func bareAgent(t *testing.T) (context.Context, *agent.Client) {
 	}
 	client := agent.NewClient(dialer(sock))
 	t.Cleanup(func() { client.Close() })
-	return ctx, client
+	return ctx, client, dialer(sock)
 }
 
 func service1(t *testing.T, ctx context.Context, c *agent.Client) agent.AgentClient {

@@ -81,6 +81,8 @@ func (m *mounting) source(ctx context.Context, req *agent.Mount) (string, error)
 		}
 		m.c.undo.Push("release disk", func(context.Context) error { a.disks.release(s.Disk.Addr); return nil })
 		return m.sub(dir, s.Disk.SubPath, false)
+	case *agent.Mount_Share:
+		return a.shares.use(ctx, s.Share.Tag)
 	case *agent.Mount_Device:
 		return "", m.device(ctx, req, s.Device)
 	}

@@ -34,6 +34,8 @@ type Spec struct {
 	Files []*os.File
 	// Cgroup, where set, is a cgroup v2 directory in which the process starts.
 	Cgroup string
+	// Namespaces are those that the process is to have of its own, CLONE_NEW*.
+	Namespaces uintptr
 }
 
 // Identity names a process for as long as the machine runs, even when its number is used again.
@@ -65,7 +67,7 @@ func Start(s Spec) (*Process, error) {
 	if s.Log != nil { // a nil *os.File in the interface would not be nil
 		cmd.Stdout, cmd.Stderr = s.Log, s.Log
 	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: s.Namespaces}
 	if s.Cgroup != "" {
 		dir, err := os.Open(s.Cgroup)
 		if err != nil {
@@ -277,6 +279,26 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 func (p *Process) Err() error {
 	<-p.done
 	return p.err
+}
+
+// Enter runs f in namespaces of the process, CLONE_NEW*, on the calling thread, which stays there: it must
+// be locked to its goroutine, and end with it.
+func (p *Process) Enter(namespaces int, f func() error) error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if err := unix.Unshare(unix.CLONE_FS); err != nil { // a mount namespace changes the working directory
+		return fmt.Errorf("unshare: %w", err)
+	}
+	var entered error
+	if err := raw.Control(func(fd uintptr) { entered = unix.Setns(int(fd), namespaces) }); err != nil {
+		return err
+	}
+	if entered != nil {
+		return fmt.Errorf("setns: %w", entered)
+	}
+	return f()
 }
 
 // Kill ends the process and returns when it is gone. It is idempotent.

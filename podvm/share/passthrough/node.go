@@ -1,0 +1,130 @@
+package passthrough
+
+import (
+	"sync"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// identity is what makes an inode the same one: hard links have one identity.
+type identity struct{ dev, ino, mount uint64 }
+
+func identify(st *unix.Statx_t) identity { return identity{device(st), st.Ino, st.Mnt_id} }
+
+// node is an inode that the guest knows, by an O_PATH descriptor: as long as it is open, its
+// number is no other inode's.
+type node struct {
+	descriptor
+	id    uint64
+	ident identity
+	kind  uint32 // of S_IFMT
+	// lookups are how often the guest was told of it. nodes.mu guards it.
+	lookups uint64
+	locks   owners
+}
+
+func (n *node) put() {
+	if n.release() {
+		n.locks.closeAll()
+	}
+}
+
+func (n *node) path() string { return procPath(n.fd) }
+
+// nodes are all that the guest knows.
+type nodes struct {
+	b *budget
+
+	mu   sync.Mutex
+	last uint64 // ids are never used again
+	byID map[uint64]*node
+	all  map[identity]*node
+}
+
+func (s *nodes) init(b *budget, root int, st *unix.Statx_t) {
+	s.b, s.last = b, fuse.FUSE_ROOT_ID
+	n := &node{id: fuse.FUSE_ROOT_ID, ident: identify(st), kind: unix.S_IFDIR, lookups: 1}
+	n.fd, n.b = root, b
+	b.left.Add(-1)
+	n.refs.Store(1)
+	s.byID = map[uint64]*node{n.id: n}
+	s.all = map[identity]*node{n.ident: n}
+}
+
+// add makes the inode known once more and returns its id. It takes fd, an O_PATH descriptor, over,
+// also when it fails.
+func (s *nodes) add(fd int, st *unix.Statx_t) (uint64, error) {
+	id, taken, err := s.insert(fd, st)
+	if !taken {
+		unix.Close(fd) // which may free a removed file, so not under the lock
+	}
+	return id, err
+}
+
+// insert reports whether it took fd, which it does for an inode that is new.
+func (s *nodes) insert(fd int, st *unix.Statx_t) (id uint64, taken bool, err error) {
+	ident := identify(st)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := s.all[ident]; n != nil {
+		n.lookups++
+		return n.id, false, nil
+	}
+	if s.byID == nil { // closed
+		return 0, false, unix.ESTALE
+	}
+	n := &node{ident: ident, kind: uint32(st.Mode) & unix.S_IFMT, lookups: 1}
+	if err := n.open(s.b, fd); err != nil {
+		return 0, false, err
+	}
+	s.last++
+	n.id = s.last
+	s.byID[n.id], s.all[ident] = n, n
+	return n.id, true, nil
+}
+
+// get returns a node that is there until its put.
+func (s *nodes) get(id uint64) (*node, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.byID[id]
+	if n == nil {
+		return nil, unix.ESTALE
+	}
+	n.hold()
+	return n, nil
+}
+
+// forget takes lookups back. The root is there until the end.
+func (s *nodes) forget(id, lookups uint64) {
+	s.mu.Lock()
+	n := s.byID[id]
+	if n == nil || id == fuse.FUSE_ROOT_ID {
+		s.mu.Unlock()
+		return
+	}
+	n.lookups -= min(lookups, n.lookups)
+	gone := n.lookups == 0
+	if gone {
+		delete(s.byID, id)
+		delete(s.all, n.ident)
+	}
+	s.mu.Unlock()
+	if gone {
+		n.put()
+	}
+}
+
+func (s *nodes) closeAll() {
+	s.mu.Lock()
+	all := s.byID
+	s.byID, s.all = nil, nil
+	s.mu.Unlock()
+	for _, n := range all {
+		n.put()
+	}
+}
+
+// Forget takes nlookup of the times back that the guest was told of the node.
+func (f *FS) Forget(nodeID, nlookup uint64) { f.nodes.forget(nodeID, nlookup) }
