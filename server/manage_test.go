@@ -14,6 +14,7 @@ import (
 	"github.com/caisson-vm/caisson/imagestore"
 	"github.com/caisson-vm/caisson/network"
 	"github.com/caisson-vm/caisson/podvm"
+	"github.com/caisson-vm/caisson/podvm/share"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
@@ -52,7 +53,7 @@ func TestManage(t *testing.T) {
 		t.Fatal(err)
 	}
 	m, err := podvm.New(podvm.Options{
-		Root: root, State: state, Driver: noVMs{}, Drivers: map[string]vmm.Driver{"none": noVMs{}}, Network: noNetwork{}, Images: store,
+		Root: root, State: state, Driver: noVMs{}, Drivers: map[string]vmm.Driver{"none": noVMs{}}, Network: noNetwork{}, Images: store, Shares: share.New("false"),
 		Size: vmm.Size{CPUs: 1, Memory: 128 << 20}, Max: vmm.Size{CPUs: 1, Memory: 128 << 20}, Scratch: scratch,
 	})
 	if err != nil {

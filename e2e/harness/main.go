@@ -144,7 +144,7 @@ func reap() int {
 }
 
 // furnish gives the namespaces what a machine has: /proc, a loopback, an empty /run and a folder
-// for temporary files.
+// for temporary files, of all users.
 func furnish(scratch string) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
@@ -155,7 +155,8 @@ func furnish(scratch string) error {
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"); err != nil {
 		return fmt.Errorf("mount /run: %w", err)
 	}
-	if err := os.MkdirAll(filepath.Join(scratch, "tmp"), 0o700); err != nil {
+	tmp := filepath.Join(scratch, "tmp")
+	if err := errors.Join(os.MkdirAll(tmp, 0o700), os.Chmod(scratch, 0o711), os.Chmod(tmp, 0o777|os.ModeSticky)); err != nil {
 		return err
 	}
 	lo, err := netlink.LinkByName("lo")

@@ -29,6 +29,7 @@ func TestKubelet(t *testing.T) {
 		{"Stats", (*machine).testStats},
 		{"Probes", (*machine).testProbes},
 		{"CrashLoop", (*machine).testCrashLoop},
+		{"Volumes", (*machine).testVolumes},
 		{"KubeletRestart", (*machine).testKubeletRestart},
 		{"DaemonRestart", (*machine).testDaemonRestart},
 		{"Logs", (*machine).testLogs},
@@ -250,6 +251,67 @@ func (m *machine) testCrashLoop(t *testing.T) {
 	m.remove(t, "crash")
 }
 
+// disk is a pod of two containers that see a directory of the node, and an emptyDir, of which one has a part.
+func disk(dir string) string {
+	return `apiVersion: v1
+kind: Pod
+metadata: {name: disk}
+spec:
+  terminationGracePeriodSeconds: 1
+  volumes:
+  - {name: host, hostPath: {path: ` + dir + `, type: DirectoryOrCreate}}
+  - {name: own, emptyDir: {}}
+  containers:
+  - name: writer
+    image: ` + images.Busybox + `
+    command: [sh, -c, 'echo whole > /own/file; exec 3> /host/log; i=0; while :; do i=$((i+1)); echo $i >&3 || exit 1; sleep 0.1; done']
+    volumeMounts: [{name: host, mountPath: /host, subPath: part}, {name: own, mountPath: /own, subPath: a/b}]
+  - name: reader
+    image: ` + images.Busybox + `
+    command: [sleep, "1000000"]
+    volumeMounts: [{name: host, mountPath: /host, readOnly: true}, {name: own, mountPath: /own}]
+`
+}
+
+// testVolumes leaves a pod that writes to the node, also while kubelet and daemon are restarted.
+func (m *machine) testVolumes(t *testing.T) {
+	m.apply(t, "disk", disk(m.shared))
+	m.await(t, "a pod with a directory of the node is ready", "disk", ready)
+	eventually(t, "one container sees what the other writes", func() error {
+		out, err := m.run("disk", "reader", "cat /own/a/b/file; head -n 1 /host/part/log; touch /host/file 2>&1")
+		if want := "whole\n1\ntouch: /host/file: Read-only file system\n"; out != want {
+			return fmt.Errorf("it sees %q, want %q, %v", out, want, err)
+		}
+		return nil
+	})
+}
+
+// written looks at the file that the pod has written all the time.
+func (m *machine) written(t *testing.T) {
+	p := m.await(t, "the pod with a directory of the node is ready", "disk", ready)
+	if n := p.container("writer").RestartCount; n != 0 {
+		t.Errorf("the container that writes to the node was restarted %d times", n)
+	}
+	text, err := os.ReadFile(filepath.Join(m.shared, "part", "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Fields(string(text))
+	for i, line := range lines {
+		if line != strconv.Itoa(i+1) {
+			t.Fatalf("line %d of %d that it has written is %q", i+1, len(lines), line)
+		}
+	}
+	t.Logf("%d lines on the node, whole and in order", len(lines))
+	eventually(t, "it writes on", func() error {
+		now, err := os.ReadFile(filepath.Join(m.shared, "part", "log"))
+		if err == nil && len(now) <= len(text) {
+			err = fmt.Errorf("%d bytes, as before", len(now))
+		}
+		return err
+	})
+}
+
 // testKubeletRestart and testDaemonRestart: a restart of the one or the other changes no container.
 func (m *machine) testKubeletRestart(t *testing.T) {
 	before := m.await(t, "the pod is ready", "pair", ready)
@@ -316,10 +378,12 @@ func (m *machine) testLogs(t *testing.T) {
 		}
 	}
 	t.Logf("%d lines, whole and in order", len(lines))
+	m.written(t)
 }
 
 func (m *machine) testDeletion(t *testing.T) {
 	m.remove(t, "pair")
+	m.remove(t, "disk")
 	eventually(t, "no pod is left", func() error {
 		var left []string
 		for _, list := range [][]string{{"pods", "--quiet"}, {"ps", "--all", "--quiet"}} {
@@ -336,9 +400,9 @@ func (m *machine) testDeletion(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	out, err := processes("cloud-hypervisor", "qemu-system-x86")
+	out, err := processes("cloud-hypervisor", "qemu-system-x86", "caissond-share")
 	if err != nil || len(out) > 0 {
-		t.Errorf("VMMs that are left: %v, %v", out, err)
+		t.Errorf("VMMs, and what serves directories, that are left: %v, %v", out, err)
 	}
 }
 

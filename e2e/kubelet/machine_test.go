@@ -30,6 +30,7 @@ const (
 type machine struct {
 	manifests string // the folder in which the kubelet looks for static pods
 	name      string // the node's name
+	shared    string // a directory of the node that pods see
 }
 
 // newMachine sets the machine up, and starts nothing. When the test ends, all of it is taken away.
@@ -43,7 +44,7 @@ func newMachine(t *testing.T) *machine {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	m := &machine{manifests: filepath.Join(dir, "manifests"), name: strings.ToLower(host)}
+	m := &machine{manifests: filepath.Join(dir, "manifests"), name: strings.ToLower(host), shared: filepath.Join(dir, "shared")}
 	t.Cleanup(func() { m.clear(t) })
 	m.installCaisson(t, dir)
 	m.installKubelet(t, dir)

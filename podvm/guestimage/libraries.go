@@ -87,6 +87,14 @@ func (p *program) missing(t tree, name string) ([]string, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
+		if i := slices.Index(needs, systemd); i >= 0 {
+			library, err := stub(data, systemd)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			t.file(libraryDirs[0]+systemd, 0o755, library)
+			needs = slices.Delete(needs, i, i+1)
+		}
 		todo = append(todo, needs...)
 	}
 	return missing, nil

@@ -20,9 +20,15 @@ import (
 // controlFD is the descriptor of the socket that requests come to.
 const controlFD = 3
 
+// processName is what ps and the kernel's messages call the process; its arguments have the pod's id.
+const processName = "caissond-share"
+
 // Serve is the process that a Server starts. It gives up whatever it does not need to serve the
 // directories that it is given, and serves them until it is killed.
 func Serve() error {
+	if err := os.WriteFile("/proc/self/comm", []byte(processName), 0); err != nil {
+		return err
+	}
 	f := os.NewFile(controlFD, "control")
 	l, err := net.FileListener(f)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -87,7 +88,7 @@ func (p *served) launch(dir string) (*process.Process, error) {
 	}
 	defer log.Close()
 	started, err := process.Start(process.Spec{
-		Path: p.program[0], Args: p.program[1:], Dir: dir, Log: log, Files: []*os.File{socket},
+		Path: p.program[0], Args: append(slices.Clone(p.program[1:]), p.ID), Dir: dir, Log: log, Files: []*os.File{socket},
 		Cgroup: p.Cgroup, Namespaces: namespaces,
 	})
 	if err != nil {

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == PauseArg {
 		Pause()
 	}
-	if len(os.Args) == 2 && os.Args[1] == shareArg {
+	if len(os.Args) == 3 && os.Args[1] == shareArg {
 		fmt.Fprintln(os.Stderr, "serve host directories:", share.Serve())
 		os.Exit(1)
 	}
