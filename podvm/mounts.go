@@ -191,7 +191,8 @@ func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, 
 			to.Options = slices.DeleteFunc(to.Options, func(o string) bool { return o == "ro" })
 		}
 	}
-	d.Tag = setName(fmt.Sprint(d.Path, " ", d.ReadOnly, " ", d.Recursive, " ", d.Follow))
+	d.Keep = d.Follow && n.mountsIn(m.ContainerPath)
+	d.Tag = setName(fmt.Sprint(d.Path, " ", d.ReadOnly, " ", d.Recursive, " ", d.Follow, " ", d.Keep))
 	if err := n.serve(ctx, d); err != nil {
 		return err
 	}
@@ -204,11 +205,21 @@ func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, 
 
 // serve begins to serve a directory to the guest.
 func (p *Pod) serve(ctx context.Context, d share.Dir) error {
-	pod := share.Pod{ID: p.id, Dir: p.m.layout.run(p.id), Cgroup: p.record.now().VM.Cgroup, Guest: p}
-	if err := p.m.o.Shares.Share(ctx, pod, d); err != nil {
+	if err := p.m.o.Shares.Share(ctx, p.sharing(), d); err != nil {
 		return fmt.Errorf("host directory %s: %w", d.Path, err)
 	}
 	return nil
+}
+
+// mountsIn tells whether the container has mounts below one of its directories.
+func (n *newContainer) mountsIn(dir string) bool {
+	return slices.ContainsFunc(n.record.Config.Mounts, func(m Mount) bool {
+		return strings.HasPrefix(filepath.Clean(m.ContainerPath), strings.TrimSuffix(filepath.Clean(dir), "/")+"/")
+	})
+}
+
+func (p *Pod) sharing() share.Pod {
+	return share.Pod{ID: p.id, Dir: p.m.layout.run(p.id), Cgroup: p.record.now().VM.Cgroup, Guest: p}
 }
 
 // release ends what is served to the guest.

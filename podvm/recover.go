@@ -167,7 +167,7 @@ func (p *Pod) reattach(ctx context.Context) error {
 		return fmt.Errorf("its agent does not answer: %w", ctx.Err())
 	}
 	p.awaitExits(ctx)
-	p.resumeVolumes(ctx)
+	p.resumeVolumes()
 	slog.Info("pod found again", "pod", p.id)
 	return nil
 }
@@ -210,11 +210,9 @@ func (p *Pod) awaitExits(ctx context.Context) {
 }
 
 // resumeVolumes goes on serving directories, and keeping copies in step.
-func (p *Pod) resumeVolumes(ctx context.Context) {
-	for _, d := range p.record.now().Shares {
-		if err := p.serve(ctx, d); err != nil {
-			slog.Error("serve a directory again", "pod", p.id, "path", d.Path, "err", err)
-		}
+func (p *Pod) resumeVolumes() {
+	if dirs := p.record.now().Shares; len(dirs) > 0 {
+		p.m.o.Shares.Resume(p.sharing(), dirs)
 	}
 	for _, c := range p.Containers() {
 		for _, path := range c.record.now().Volumes {

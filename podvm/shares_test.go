@@ -34,6 +34,12 @@ func (f *fakeShares) Share(_ context.Context, p share.Pod, d share.Dir) error {
 	return f.err
 }
 
+func (f *fakeShares) Resume(p share.Pod, dirs []share.Dir) {
+	for _, d := range dirs {
+		f.Share(context.Background(), p, d)
+	}
+}
+
 func (f *fakeShares) Release(_ context.Context, run string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

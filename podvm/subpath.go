@@ -30,29 +30,30 @@ func emptyDirOf(path string) (dir, sub string, err error) {
 	} else if err != nil {
 		return "", "", err
 	}
-	volume, err := inFileSystem(dir)
+	volume, volumeDevice, err := inFileSystem(dir)
 	if err != nil {
 		return "", "", err
 	}
-	here, err := inFileSystem(path)
+	here, device, err := inFileSystem(path)
 	if err != nil {
 		return "", "", err
 	}
 	sub, err = filepath.Rel(volume, here)
-	if err != nil || !filepath.IsLocal(sub) {
+	if err != nil || !filepath.IsLocal(sub) || device != volumeDevice {
 		return "", "", fmt.Errorf("%s is no part of the emptyDir %s: %w", path, match[2], errdefs.ErrFailedPrecondition)
 	}
 	return dir, sub, nil
 }
 
-// inFileSystem is the path of a directory in the file system that it is of, wherever that is mounted.
-func inFileSystem(dir string) (string, error) {
+// inFileSystem is the path of a directory in the file system that it is of, wherever that is mounted, and that
+// one's device.
+func inFileSystem(dir string) (path, device string, err error) {
 	above := func(m *mountinfo.Info) (skip, stop bool) {
 		return m.Mountpoint != "/" && dir != m.Mountpoint && !strings.HasPrefix(dir, m.Mountpoint+"/"), false
 	}
 	mounts, err := mountinfo.GetMounts(above)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	var at *mountinfo.Info
 	for _, m := range mounts { // the last of the nearest covers the others
@@ -61,13 +62,13 @@ func inFileSystem(dir string) (string, error) {
 		}
 	}
 	if at == nil {
-		return "", fmt.Errorf("mount of %s: %w", dir, fs.ErrNotExist)
+		return "", "", fmt.Errorf("mount of %s: %w", dir, fs.ErrNotExist)
 	}
 	rel, err := filepath.Rel(at.Mountpoint, dir)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	return filepath.Join(at.Root, rel), nil
+	return filepath.Join(at.Root, rel), fmt.Sprintf("%d:%d", at.Major, at.Minor), nil
 }
 
 // mountsBelow tells whether something is mounted below a directory.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 
 	"github.com/containers/storage/pkg/reexec"
@@ -42,6 +43,10 @@ func commands() []command {
 // shareCommand is the process that the daemon starts for a pod with host directories; nobody else does, and
 // so it has no help.
 const shareCommand = "share"
+
+// The daemon enters mount namespaces of others on threads that end with that; the main thread would not, and
+// stay there. So it runs main, and nothing else.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	if reexec.Init() {

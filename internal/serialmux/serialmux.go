@@ -18,6 +18,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -43,13 +44,24 @@ func config() *yamux.Config {
 	c.MaxStreamWindowSize = window
 	c.StreamOpenTimeout = 0
 	c.StreamCloseTimeout = 0
+	c.AcceptBacklog = 4096
 	c.ConnectionWriteTimeout = 5 * time.Minute
 	c.LogOutput = io.Discard
 	return c
 }
 
 // Session is the host's end.
-type Session struct{ mux *yamux.Session }
+type Session struct {
+	mux *yamux.Session
+	// opening holds a token: yamux lets no more than some streams be opened that the guest has not
+	// accepted, and who comes then waits in it.
+	opening chan struct{}
+	closing atomic.Int32 // streams that the guest has not ended
+}
+
+// closingMax is how many streams a guest may leave open that the host has closed, before the host takes
+// it for one that does so on purpose, and ends the session.
+const closingMax = 512
 
 // Dial begins a session over a connection to the port. It waits for the guest, which may still be
 // booting, until ctx ends, and closes the connection when it fails. With again set, the guest may
@@ -75,7 +87,7 @@ func Dial(ctx context.Context, conn net.Conn, again bool) (*Session, error) {
 		conn.Close()
 		return nil, fmt.Errorf("serial channel: %w", err)
 	}
-	return &Session{mux}, nil
+	return &Session{mux: mux, opening: make(chan struct{}, 1)}, nil
 }
 
 // greet answers the guest's preambles until the guest confirms an answer. There may be stale ones,
@@ -186,17 +198,50 @@ type buffered struct {
 
 func (b buffered) Read(p []byte) (int, error) { return b.r.Read(p) }
 
-// Open opens a stream to a port in the guest.
-func (s *Session) Open(port uint32) (net.Conn, error) {
+// Open opens a stream to a port in the guest. It waits, until ctx ends, for a guest that has not accepted
+// those before.
+func (s *Session) Open(ctx context.Context, port uint32) (net.Conn, error) {
+	select {
+	case s.opening <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("serial channel: the guest accepts no stream: %w", context.Cause(ctx))
+	}
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	results := make(chan result, 1)
+	go func() {
+		c, err := s.open(port)
+		<-s.opening
+		results <- result{c, err}
+	}()
+	select {
+	case r := <-results:
+		if r.err != nil {
+			return nil, fmt.Errorf("serial channel: open stream: %w", r.err)
+		}
+		return r.conn, nil
+	case <-ctx.Done():
+		go func() {
+			if r := <-results; r.err == nil {
+				r.conn.Close()
+			}
+		}()
+		return nil, fmt.Errorf("serial channel: the guest accepts no stream: %w", context.Cause(ctx))
+	}
+}
+
+func (s *Session) open(port uint32) (net.Conn, error) {
 	c, err := s.mux.OpenStream()
 	if err != nil {
-		return nil, fmt.Errorf("serial channel: open stream: %w", err)
+		return nil, err
 	}
 	if _, err := c.Write(binary.BigEndian.AppendUint32(nil, port)); err != nil {
 		c.Close()
-		return nil, fmt.Errorf("serial channel: open stream: %w", err)
+		return nil, err
 	}
-	return stream{c}, nil
+	return &stream{Stream: c, session: s}, nil
 }
 
 // Done is closed when the session has ended.
@@ -207,26 +252,70 @@ func (s *Session) Close() error { return s.mux.Close() }
 
 // stream is one stream. yamux's own Close only ends the writing; here that is CloseWrite, and
 // Close ends the reading as well.
-type stream struct{ *yamux.Stream }
-
-// CloseWrite ends the writing: the peer reads an end of file.
-func (s stream) CloseWrite() error { return s.Stream.Close() }
-
-// Close ends both directions. What the peer still sends is taken in and dropped, so that it does
-// not wait for a window that nobody opens.
-func (s stream) Close() error {
-	err := s.Stream.Close()
-	s.SetReadDeadline(time.Now())
-	go drain(s.Stream)
-	return err
+type stream struct {
+	*yamux.Stream
+	session *Session // nil in the guest
+	reading sync.Mutex
+	closed  atomic.Bool
+	heard   atomic.Bool // the peer has sent something
 }
 
-// drainLimit is how long a closed stream is kept for its peer to end it too.
-const drainLimit = 30 * time.Second
+// Read implements net.Conn.
+func (s *stream) Read(b []byte) (int, error) {
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	if s.closed.Load() {
+		return 0, net.ErrClosed
+	}
+	n, err := s.Stream.Read(b)
+	if n > 0 || err == io.EOF {
+		s.heard.Store(true)
+	}
+	return n, err
+}
 
-func drain(s *yamux.Stream) {
-	s.SetReadDeadline(time.Now().Add(drainLimit))
-	io.Copy(io.Discard, s)
+// CloseWrite ends the writing: the peer reads an end of file.
+func (s *stream) CloseWrite() error { return s.Stream.Close() }
+
+// Close ends both directions. What the peer still sends is taken in and dropped, so that it neither waits
+// for a window that nobody opens nor fills a memory that nobody empties.
+func (s *stream) Close() error {
+	if s.closed.Swap(true) {
+		return nil
+	}
+	if s.accepted() {
+		s.Stream.Close()
+	}
+	s.SetReadDeadline(time.Now())
+	if s.session != nil && s.session.closing.Add(1) > closingMax {
+		s.session.Close()
+	}
+	go s.drain()
+	return nil
+}
+
+// accepted tells whether the peer is known to have accepted the stream: it has opened it, or answered.
+func (s *stream) accepted() bool { return s.session == nil || s.heard.Load() }
+
+// hearLimit is how long a stream that is closed waits for its peer to accept it.
+const hearLimit = 30 * time.Second
+
+// drain reads until the peer has ended the stream, too.
+func (s *stream) drain() {
+	if s.session != nil {
+		defer s.session.closing.Add(-1)
+	}
+	s.reading.Lock() // a Read that waited has returned, and none waits from now on
+	s.SetReadDeadline(time.Now().Add(hearLimit))
+	s.reading.Unlock()
+	if !s.accepted() {
+		// yamux does not accept a stream that was ended before, and would count it as one to be accepted
+		// for ever.
+		s.Stream.Read(make([]byte, 1))
+		s.Stream.Close()
+	}
+	s.SetReadDeadline(time.Time{})
+	io.Copy(io.Discard, s.Stream)
 }
 
 // Listener is the guest's end: it accepts streams, session after session.
@@ -356,13 +445,13 @@ func message(kind byte, nonce []byte) []byte {
 func (l *Listener) accept(c *yamux.Stream) {
 	var port [4]byte
 	if _, err := io.ReadFull(c, port[:]); err != nil || binary.BigEndian.Uint32(port[:]) != l.port {
-		stream{c}.Close()
+		(&stream{Stream: c}).Close()
 		return
 	}
 	select {
-	case l.streams <- stream{c}:
+	case l.streams <- &stream{Stream: c}:
 	case <-l.done:
-		stream{c}.Close()
+		(&stream{Stream: c}).Close()
 	}
 }
 

@@ -88,7 +88,7 @@ func session(t *testing.T, conn net.Conn, again bool) *Session {
 // exchange sends n random bytes, ends the writing, and wants them back.
 func exchange(t *testing.T, s *Session, n int) {
 	t.Helper()
-	c, err := s.Open(testPort)
+	c, err := s.Open(t.Context(), testPort)
 	if err != nil {
 		t.Error(err)
 		return
@@ -121,7 +121,7 @@ func TestOtherPortsAreClosed(t *testing.T) {
 	p := newPort()
 	echo(t, p)
 	s := session(t, p.connect(t), false)
-	c, err := s.Open(testPort + 1)
+	c, err := s.Open(t.Context(), testPort+1)
 	if err != nil {
 		t.Fatal(err)
 	}

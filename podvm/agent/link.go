@@ -129,7 +129,8 @@ func (l *Link) Leave() { <-l.turn }
 type Deliver func(ctx context.Context, message []byte) error
 
 // Run carries messages over the stream until it breaks, and closes it; the caller has called Take. The
-// other end has received so many messages of this one. Messages are delivered one after another. The error
+// other end has received so many messages of this one. Messages are delivered one after another; who
+// delivers may wait for Send. The error
 // is deliver's, or says what the other end did wrong (ErrInvalidArgument).
 func (l *Link) Run(stream net.Conn, received uint64, deliver Deliver) error {
 	defer l.Leave()
@@ -138,16 +139,29 @@ func (l *Link) Run(stream net.Conn, received uint64, deliver Deliver) error {
 	if err := l.begin(stream, stop, received); err != nil {
 		return errors.Join(err, stream.Close())
 	}
-	var writer sync.WaitGroup
-	writer.Go(func() {
+	var others sync.WaitGroup
+	others.Go(func() {
 		if l.write(stream) != nil {
 			stop()
 			stream.Close() // the reader tells why
 		}
 	})
-	err := l.read(ctx, stream, deliver)
+	q := newLinkQueue()
+	var delivered error
+	others.Go(func() {
+		if delivered = l.deliver(ctx, q, deliver); delivered != nil {
+			stop()
+			stream.Close()
+		}
+	})
+	err := l.read(stream, q)
+	stop()
 	l.end(stream)
-	writer.Wait()
+	q.close()
+	others.Wait()
+	if delivered != nil && !errors.Is(delivered, context.Canceled) {
+		return delivered
+	}
 	if errors.Is(err, errBroke) || errors.Is(err, context.Canceled) {
 		return nil
 	}
@@ -229,7 +243,9 @@ func (l *Link) write(stream net.Conn) error {
 	}
 }
 
-func (l *Link) read(ctx context.Context, stream net.Conn, deliver Deliver) error {
+// read takes in what comes. It waits for nothing else: acknowledgements come this way, and whoever delivers
+// may be waiting for them.
+func (l *Link) read(stream net.Conn, q *linkQueue) error {
 	for {
 		var head [linkHead]byte
 		if _, err := io.ReadFull(stream, head[:]); err != nil {
@@ -249,10 +265,23 @@ func (l *Link) read(ctx context.Context, stream net.Conn, deliver Deliver) error
 		if size == 0 {
 			continue
 		}
+		if err := q.put(message); err != nil {
+			return err
+		}
+	}
+}
+
+// deliver hands on what was read, one after another, until the stream ends.
+func (l *Link) deliver(ctx context.Context, q *linkQueue, deliver Deliver) error {
+	for {
+		message := q.take()
+		if message == nil {
+			return nil
+		}
 		if err := deliver(ctx, message); err != nil {
 			return err
 		}
-		l.count(int(size))
+		l.count(len(message))
 	}
 }
 
@@ -270,4 +299,54 @@ func (l *Link) count(size int) {
 	if l.received-l.acked >= oweMessages || l.owed >= oweBytes {
 		l.changed.Broadcast()
 	}
+}
+
+// linkQueue is what was read and not delivered. An end that keeps the rules has no more on its way than
+// what it keeps.
+type linkQueue struct {
+	mu       sync.Mutex
+	changed  sync.Cond
+	messages [][]byte
+	bytes    int
+	closed   bool
+}
+
+func newLinkQueue() *linkQueue {
+	q := &linkQueue{}
+	q.changed.L = &q.mu
+	return q
+}
+
+func (q *linkQueue) put(message []byte) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.bytes > linkKept+MessageMax {
+		return fmt.Errorf("%d bytes came without an acknowledgement, of at most %d: %w", q.bytes, linkKept, errdefs.ErrInvalidArgument)
+	}
+	q.messages, q.bytes = append(q.messages, message), q.bytes+len(message)
+	q.changed.Signal()
+	return nil
+}
+
+// take waits for a message; nil after close.
+func (q *linkQueue) take() []byte {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for len(q.messages) == 0 && !q.closed {
+		q.changed.Wait()
+	}
+	if q.closed {
+		return nil
+	}
+	message := q.messages[0]
+	q.messages[0] = nil
+	q.messages, q.bytes = q.messages[1:], q.bytes-len(message)
+	return message
+}
+
+func (q *linkQueue) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closed = true
+	q.changed.Signal()
 }

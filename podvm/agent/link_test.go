@@ -186,6 +186,38 @@ func TestLinkFull(t *testing.T) {
 	})
 }
 
+// TestLinkBusy has one end answer in a few workers, which wait for acknowledgements that come behind further
+// requests.
+func TestLinkBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const requests = 300
+		a, b := newLinkEnd(requests), NewLink()
+		workers := make(chan struct{}, 4)
+		work := func(context.Context, []byte) error {
+			workers <- struct{}{}
+			go func() {
+				defer func() { <-workers }()
+				b.Send(make([]byte, 256<<10))
+			}()
+			return nil
+		}
+		ca, cb := net.Pipe()
+		a.Take()
+		b.Take()
+		go a.Run(ca, 0, a.deliver)
+		go b.Run(cb, 0, work)
+		for range requests {
+			if err := a.Send(make([]byte, 80)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-a.all
+		a.Close()
+		b.Close()
+		synctest.Wait()
+	})
+}
+
 // TestLinkUndelivered shows that a message that could not be delivered comes again.
 func TestLinkUndelivered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -88,7 +88,9 @@ func TestBuildBoots(t *testing.T) {
 
 type dialer struct{ session *serialmux.Session }
 
-func (d dialer) Dial(_ context.Context, port uint32) (net.Conn, error) { return d.session.Open(port) }
+func (d dialer) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+	return d.session.Open(ctx, port)
+}
 
 // boot starts a VM with the least it needs, and returns its serial channel and console's file.
 func boot(t *testing.T, files guestimage.Files) (net.Conn, string) {

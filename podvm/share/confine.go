@@ -85,5 +85,9 @@ func dropRights() error {
 	if _, _, e := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0); e != 0 {
 		return fmt.Errorf("no_new_privs: %w", e)
 	}
+	// Those of other pods have the same rights, and may be shown the node's /proc.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("undumpable: %w", err)
+	}
 	return setCapabilities(kept)
 }

@@ -5,12 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"sync"
 
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/vmm"
@@ -22,23 +20,25 @@ func (p *served) connect(ctx context.Context, d Dir) error {
 	if err != nil {
 		return fmt.Errorf("dial the agent: %w", err)
 	}
-	stream, relayed, err := handOver(conn)
+	stream, relayed, err := p.handOver(conn)
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
-	joined := make(chan bool, 1)
-	if relayed != nil {
-		p.relays[d.Tag] = true
-		go p.relay(conn, relayed, d, joined)
+	_, err = p.ask(ctx, request{
+		Tag: d.Tag, ReadOnly: d.ReadOnly && d.Recursive, Forget: d.Follow && !d.Keep, Relayed: relayed != nil,
+	}, stream)
+	if err == nil && relayed != nil {
+		p.relays[d.Tag] = relayed
 	}
-	_, err = p.ask(ctx, request{Tag: d.Tag, ReadOnly: d.ReadOnly && d.Recursive, Relayed: relayed != nil}, stream)
-	joined <- err == nil
+	if err != nil && relayed != nil {
+		relayed.stop()
+	}
 	return errors.Join(err, stream.Close())
 }
 
 // handOver returns a descriptor by which another process has the stream. Where the stream is not of the
-// kernel's but of the daemon's, it is the end of a pair, whose other end is to be relayed to it.
-func handOver(conn net.Conn) (stream *os.File, relayed net.Conn, err error) {
+// kernel's but of the daemon's, it is the end of a pair, whose other end is relayed to it.
+func (p *served) handOver(conn net.Conn) (stream *os.File, r *relay, err error) {
 	if c, ok := conn.(*net.UnixConn); ok {
 		stream, err := c.File()
 		if err != nil {
@@ -52,36 +52,50 @@ func handOver(conn net.Conn) (stream *os.File, relayed net.Conn, err error) {
 	}
 	ours, theirs := os.NewFile(uintptr(pair[0]), "relay"), os.NewFile(uintptr(pair[1]), "stream")
 	defer ours.Close()
-	relayed, err = net.FileConn(ours)
+	end, err := net.FileConn(ours)
 	if err != nil {
 		return nil, nil, errors.Join(err, theirs.Close())
 	}
-	return theirs, relayed, nil
+	r = &relay{guest: conn, process: end, ended: make(chan struct{})}
+	go p.relay(r)
+	return theirs, r, nil
 }
 
-// relay passes bytes both ways until either end is gone, and joins guest and process anew, if they were,
-// unless the pod ends.
-func (p *served) relay(guest, process net.Conn, d Dir, joined <-chan bool) {
-	stop := context.AfterFunc(p.life, func() { guest.Close(); process.Close() })
+// relay is a stream that goes through this daemon.
+type relay struct {
+	guest, process net.Conn
+	ended          chan struct{}
+}
+
+func (r *relay) runs() bool {
+	if r == nil {
+		return false
+	}
+	select {
+	case <-r.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+func (r *relay) stop() {
+	r.guest.Close()
+	r.process.Close()
+}
+
+// relay passes bytes both ways until either end is gone, or the pod ends.
+func (p *served) relay(r *relay) {
+	stop := context.AfterFunc(p.life, r.stop)
+	defer stop()
 	var both sync.WaitGroup
 	pass := func(dst, src net.Conn) {
-		io.Copy(dst, src)
-		dst.Close()
-		src.Close()
+		io.Copy(dst, src) // its error is that of an end that is gone
+		r.stop()
 	}
-	both.Go(func() { pass(guest, process) })
-	both.Go(func() { pass(process, guest) })
+	both.Go(func() { pass(r.guest, r.process) })
+	both.Go(func() { pass(r.process, r.guest) })
 	both.Wait()
-	stop()
-	again := <-joined
-	p.turn <- struct{}{}
-	delete(p.relays, d.Tag)
-	<-p.turn
-	if !again || !p.pause(pauseMin) {
-		return
-	}
-	err := p.share(p.life, d)
-	if err != nil && p.life.Err() == nil && !errors.Is(err, vmm.ErrGone) && !errdefs.IsUnavailable(err) {
-		slog.Warn("join a guest to a host directory again", "pod", p.ID, "path", d.Path, "err", err)
-	}
+	close(r.ended)
+	p.look()
 }

@@ -21,14 +21,16 @@ type request struct {
 	Tag string
 	// ReadOnly refuses all that writes, in whatever is mounted there.
 	ReadOnly bool
+	// Forget has the guest forget other file systems below.
+	Forget bool
 	// Relayed streams end with the daemon.
 	Relayed bool
 }
 
 // response is the answer.
 type response struct {
-	// Known directories have been served. Connected: they have a stream, of the guest's own.
-	Known, Connected bool
+	// Placed directories are where the process finds them. Connected: they have a stream, of the guest's own.
+	Placed, Connected bool
 	// Reply has the error, if there is one.
 	agent.Reply
 }

@@ -53,7 +53,12 @@ func Serve() error {
 	all := sessions{byTag: map[string]*session{}}
 	for {
 		go all.handle(conn)
-		if conn, err = control.AcceptUnix(); err != nil {
+		conn, err = control.AcceptUnix()
+		for errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ECONNABORTED) {
+			time.Sleep(acceptPause) // until a guest closes something
+			conn, err = control.AcceptUnix()
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -64,6 +69,9 @@ type sessions struct {
 	mu    sync.Mutex
 	byTag map[string]*session
 }
+
+// acceptPause is how long the process waits for a descriptor that it lacks.
+const acceptPause = 100 * time.Millisecond
 
 // joinLimit bounds how long a guest may take to mount a directory.
 const joinLimit = 30 * time.Second
@@ -93,9 +101,16 @@ func (s *sessions) state(tag string) response {
 	one := s.byTag[tag]
 	s.mu.Unlock()
 	if one == nil {
-		return response{}
+		return response{Placed: placed(tag)}
 	}
-	return response{Known: true, Connected: one.link.Connected() && !one.relayed.Load()}
+	return response{Placed: true, Connected: one.link.Connected() && !one.relayed.Load()}
+}
+
+// placed tells whether the daemon has mounted a directory: it may have died before it said so.
+func placed(tag string) bool {
+	var root, dir unix.Statx_t
+	err := errors.Join(unix.Statx(unix.AT_FDCWD, "/", 0, unix.STATX_MNT_ID, &root), unix.Statx(unix.AT_FDCWD, "/"+tag, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_MNT_ID, &dir))
+	return err == nil && root.Mnt_id != dir.Mnt_id
 }
 
 // join serves a directory on a stream of the guest's agent.
@@ -119,7 +134,8 @@ func (s *sessions) join(q request, stream *os.File) error {
 	}
 	go func() {
 		if err := one.link.Run(conn, got.Received, one.deliver); err != nil {
-			slog.Error("a guest breaks the rules", "tag", q.Tag, "err", err)
+			// Once: the guest decides how often it does that.
+			one.told.Do(func() { slog.Error("a guest breaks the rules", "tag", q.Tag, "err", err) })
 		}
 	}()
 	return nil
@@ -141,5 +157,8 @@ func (s *sessions) open(q request) (*session, error) {
 		return nil, err
 	}
 	s.byTag[q.Tag] = one
+	if q.Forget {
+		go one.forget()
+	}
 	return one, nil
 }

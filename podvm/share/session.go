@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"sync"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
@@ -20,7 +21,7 @@ const (
 	// requestsMax bounds the requests of a directory that are worked on at once.
 	requestsMax = 256
 	// waitersMax bounds those that wait for a lock, which whoever has it needs a request to give back.
-	waitersMax = 16 << 10
+	waitersMax = 1 << 10
 )
 
 // session is a directory that is served. Its link outlives the daemon's connections.
@@ -29,8 +30,10 @@ type session struct {
 	id       uint64
 	link     *agent.Link
 	relayed  atomic.Bool // the stream in use
+	fs       *passthrough.FS
 	server   *fuse.ProtocolServer
 	readOnly bool
+	told     sync.Once // of what its guest does wrong
 	requests chan struct{}
 	waiters  chan struct{}
 }
@@ -43,7 +46,7 @@ func newSession(root *os.File, readOnly bool) (*session, error) {
 	var id [8]byte
 	rand.Read(id[:])
 	return &session{
-		id: binary.LittleEndian.Uint64(id[:]), link: agent.NewLink(), server: fuse.NewProtocolServer(fs, fs.Options()), readOnly: readOnly,
+		id: binary.LittleEndian.Uint64(id[:]), link: agent.NewLink(), fs: fs, server: fuse.NewProtocolServer(fs, fs.Options()), readOnly: readOnly,
 		requests: make(chan struct{}, requestsMax), waiters: make(chan struct{}, waitersMax),
 	}, nil
 }
@@ -97,6 +100,7 @@ type fuseRequest struct {
 // Sizes of structs in linux/fuse.h, and what a reply without data takes at most.
 const (
 	inHeader, outHeader = 40, 16
+	lkIn                = 48
 	replyRest           = 4 << 10
 )
 
@@ -104,7 +108,11 @@ func parse(message []byte) (fuseRequest, error) {
 	if len(message) < inHeader || binary.LittleEndian.Uint32(message) != uint32(len(message)) {
 		return fuseRequest{}, fmt.Errorf("malformed FUSE request of %d bytes: %w", len(message), errdefs.ErrInvalidArgument)
 	}
-	return fuseRequest{message, binary.LittleEndian.Uint32(message[4:])}, nil
+	r := fuseRequest{message, binary.LittleEndian.Uint32(message[4:])}
+	if r.opcode == opSetlkw && len(message) != inHeader+lkIn { // which is kept for as long as it waits
+		return fuseRequest{}, fmt.Errorf("malformed FUSE request of %d bytes for a lock: %w", len(message), errdefs.ErrInvalidArgument)
+	}
+	return r, nil
 }
 
 // fail returns a reply that says no more than an error.
@@ -120,6 +128,8 @@ func (r fuseRequest) fail(e unix.Errno) []byte {
 func (r fuseRequest) replyMax() int {
 	size := 0
 	switch r.opcode {
+	case opSetlkw: // it may be long until there is one
+		return outHeader
 	case opRead, opReaddir, opReaddirplus: // fuse_read_in: fh, offset, size
 		size = int(r.uint32(inHeader + 16))
 	case opGetxattr, opListxattr: // fuse_getxattr_in: size

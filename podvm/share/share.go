@@ -5,14 +5,9 @@ package share
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"log/slog"
-	"maps"
 	"path/filepath"
-	"slices"
 	"sync"
-	"time"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
@@ -28,8 +23,12 @@ type Dir struct {
 	// unless Recursive is set.
 	ReadOnly  bool
 	Recursive bool `json:",omitempty"`
-	// Follow shows what the host mounts below it from now on, and no longer what it unmounts.
+	// Follow shows what the host mounts below it from now on, and no longer what it unmounts. For that the
+	// guest is made to forget, from time to time, what it has seen of other file systems below and has not
+	// open: what a guest knows is busy for the host.
 	Follow bool `json:",omitempty"`
+	// Keep leaves a guest that follows its knowledge: it has mounts of its own below, which would go with it.
+	Keep bool `json:",omitempty"`
 }
 
 // Pod is whom directories are served to.
@@ -57,12 +56,39 @@ func New(program ...string) *Server { return &Server{program: program, pods: map
 func folder(run string) string { return filepath.Join(run, "share") }
 
 // Share begins to serve the directory, and returns when the guest has mounted it. Serving goes on until
-// Release, without the daemon too. A directory that is being served already is no error; after a restart
-// of the daemon Share finds the process, and joins its guest to it again where the daemon stood between
-// the two. Should the process die, another one takes its place: what was open is lost to the guest then
-// (ENOTCONN), and containers that start find the directory.
+// Release, without the daemon too. A directory that is being served already is no error. Should the process
+// die, another one takes its place: what was open is lost to the guest then (ENOTCONN), and containers that
+// start find the directory.
 func (s *Server) Share(ctx context.Context, pod Pod, d Dir) error {
-	return s.of(pod).share(ctx, d)
+	p := s.of(pod)
+	if err := p.lock(ctx); err != nil {
+		return err
+	}
+	defer p.unlock()
+	if err := p.run(ctx); err != nil {
+		return err
+	}
+	if err := p.serve(ctx, d); err != nil {
+		return err
+	}
+	p.dirs[d.Tag] = d
+	return nil
+}
+
+// Resume goes on serving what a former daemon has served, and does not wait for it: the process may run, and
+// its guest may have to be joined to it again, where the daemon stood between the two.
+func (s *Server) Resume(pod Pod, dirs []Dir) {
+	p := s.of(pod)
+	go func() {
+		if p.lock(p.life) != nil {
+			return
+		}
+		defer p.unlock()
+		for _, d := range dirs {
+			p.dirs[d.Tag] = d
+		}
+		p.look()
+	}()
 }
 
 func (s *Server) of(pod Pod) *served {
@@ -70,8 +96,7 @@ func (s *Server) of(pod Pod) *served {
 	defer s.mu.Unlock()
 	p := s.pods[pod.Dir]
 	if p == nil {
-		p = &served{Pod: pod, program: s.program, turn: make(chan struct{}, 1), dirs: map[string]Dir{}, relays: map[string]bool{}}
-		p.life, p.end = context.WithCancel(context.Background())
+		p = newServed(pod, s.program)
 		s.pods[pod.Dir] = p
 	}
 	return p
@@ -86,8 +111,8 @@ func (s *Server) Release(ctx context.Context, run string) error {
 	s.mu.Unlock()
 	if p != nil {
 		p.end()
-		p.turn <- struct{}{} // a Share that goes on would start it again
-		defer func() { <-p.turn }()
+		p.turn <- struct{}{} // whoever has it would start the process again
+		defer p.unlock()
 	}
 	if err := process.KillIn(ctx, folder(run)); err != nil {
 		return fmt.Errorf("end the process that serves host directories: %w", err)
@@ -103,95 +128,4 @@ func (s *Server) Close() {
 		p.end()
 	}
 	clear(s.pods)
-}
-
-// served is a pod that directories are served to.
-type served struct {
-	Pod
-	program []string
-	life    context.Context // until Release or Close
-	end     context.CancelFunc
-	turn    chan struct{} // held by whoever changes the rest
-	process *process.Process
-	dirs    map[string]Dir  // by tag
-	relays  map[string]bool // tags whose streams this daemon relays
-}
-
-// share serves one directory more.
-func (p *served) share(ctx context.Context, d Dir) error {
-	select {
-	case p.turn <- struct{}{}:
-	case <-ctx.Done():
-		return fmt.Errorf("wait for another directory: %w", ctx.Err())
-	}
-	defer func() { <-p.turn }()
-	if err := p.life.Err(); err != nil {
-		return fmt.Errorf("the pod is being stopped: %w", err)
-	}
-	if err := p.run(ctx); err != nil {
-		return err
-	}
-	have, err := p.ask(ctx, request{Tag: d.Tag}, nil)
-	if err != nil {
-		return err
-	}
-	if !have.Known {
-		if err := p.attach(d); err != nil {
-			return err
-		}
-	}
-	p.dirs[d.Tag] = d
-	if have.Connected || p.relays[d.Tag] {
-		return nil
-	}
-	return p.connect(ctx, d)
-}
-
-// Pauses before a process that died is replaced, or a stream that broke: a guest that can do that may not
-// keep the node busy.
-const pauseMin, pauseMax = 100 * time.Millisecond, time.Minute
-
-// pause returns false where the pod is released meanwhile.
-func (p *served) pause(d time.Duration) bool {
-	select {
-	case <-time.After(d):
-		return true
-	case <-p.life.Done():
-		return false
-	}
-}
-
-// watch replaces the process when it dies, until Release.
-func (p *served) watch(proc *process.Process, pause time.Duration) {
-	select {
-	case <-proc.Done():
-	case <-p.life.Done():
-		return
-	}
-	slog.Error("the process that serves host directories has died: what its pod has open in them is lost", "pod", p.ID, "err", proc.Err(), "log", logPath(folder(p.Dir)))
-	if !p.pause(pause) {
-		return
-	}
-	if err := p.again(proc, pause); err != nil && p.life.Err() == nil {
-		slog.Error("serve host directories again", "pod", p.ID, "err", err)
-	}
-}
-
-// again serves all directories by a new process.
-func (p *served) again(died *process.Process, pause time.Duration) error {
-	p.turn <- struct{}{}
-	if p.process != died {
-		<-p.turn
-		return nil
-	}
-	p.process = nil
-	err := p.start(p.life, min(2*pause, pauseMax))
-	dirs := slices.Collect(maps.Values(p.dirs))
-	<-p.turn
-	for _, d := range dirs {
-		if err == nil {
-			err = errors.Join(err, p.share(p.life, d))
-		}
-	}
-	return err
 }

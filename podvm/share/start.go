@@ -5,13 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
-	"time"
 
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/vmm/process"
@@ -25,25 +24,22 @@ const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | un
 
 // run finds the pod's process, or starts it. The caller has the turn.
 func (p *served) run(ctx context.Context) error {
-	if p.process != nil {
-		if p.died() {
-			return fmt.Errorf("the process that serves host directories has died, and another one is being started: %w", errdefs.ErrUnavailable)
-		}
+	if p.process != nil && !p.died() {
 		return nil
 	}
 	found, err := process.Load(folder(p.Dir))
-	switch {
-	case err == nil:
-		p.process = found
-		go p.watch(found, pauseMin)
-		return nil
-	case !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("find the process that serves host directories: %w", err)
+	if errors.Is(err, fs.ErrNotExist) {
+		found, err = p.start(ctx)
 	}
-	return p.start(ctx, pauseMin)
+	if err != nil {
+		return fmt.Errorf("the process that serves host directories: %w", err)
+	}
+	p.process = found
+	go p.watch(found)
+	return nil
 }
 
-// died tells whether the process has ended; watch replaces it then. The caller has the turn.
+// died tells whether the process has ended. The caller has the turn.
 func (p *served) died() bool {
 	select {
 	case <-p.process.Done():
@@ -53,21 +49,33 @@ func (p *served) died() bool {
 	}
 }
 
+// watch tells when the process dies.
+func (p *served) watch(proc *process.Process) {
+	select {
+	case <-proc.Done():
+	case <-p.life.Done():
+	}
+	if p.life.Err() == nil {
+		slog.Error("the process that serves host directories has died: what its pod has open in them is lost", "pod", p.ID, "err", proc.Err(), "log", logPath(folder(p.Dir)))
+		p.look()
+	}
+}
+
 // start starts the process, in a folder that is empty.
-func (p *served) start(ctx context.Context, pause time.Duration) error {
+func (p *served) start(ctx context.Context) (*process.Process, error) {
 	dir := folder(p.Dir)
-	err := process.KillIn(ctx, dir) // of a daemon that died over it
-	if err == nil {
-		err = errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700))
+	// There may be one that a daemon had not noted when it died.
+	if err := process.KillIn(ctx, dir); err != nil {
+		return nil, err
 	}
-	if err == nil {
-		p.process, err = p.launch(dir)
+	if err := errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700)); err != nil {
+		return nil, err
 	}
-	if err != nil {
-		return fmt.Errorf("start the process that serves host directories: %w", err)
+	for _, r := range p.relays { // of the process before
+		r.stop()
 	}
-	go p.watch(p.process, pause)
-	return nil
+	clear(p.relays)
+	return p.launch(dir)
 }
 
 func (p *served) launch(dir string) (*process.Process, error) {

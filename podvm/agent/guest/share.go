@@ -139,7 +139,7 @@ func pump(kernel *os.File, link *agent.Link) {
 // answer gives the kernel a reply.
 func answer(kernel *os.File, reply []byte) error {
 	_, err := kernel.Write(reply)
-	if errors.Is(err, unix.ENOENT) { // nobody waits for it any more
+	if errors.Is(err, unix.ENOENT) { // nobody waits for it any more, or knows the name that is to be forgotten
 		return nil
 	}
 	if err != nil && !errors.Is(err, os.ErrClosed) {

@@ -292,6 +292,37 @@ func TestSharePropagation(t *testing.T) {
 	})
 }
 
+// TestShareForgets shows that the host can unmount what a guest that follows has only looked at.
+func TestShareForgets(t *testing.T) {
+	eachChannel(t, func(s *sharing) {
+		d := s.dir()
+		mountTmpfs(s.T, d.Path)
+		d.Follow = true
+		below := filepath.Join(d.Path, "below")
+		if err := os.Mkdir(below, 0o755); err != nil {
+			s.Fatal(err)
+		}
+		s.share(d)
+		if err := unix.Mount("tmpfs", below, "tmpfs", 0, ""); err != nil {
+			s.Fatal(err)
+		}
+		s.write(filepath.Join(below, "file"), "seen\n")
+		if code, out, _ := s.result(s.container("a", "cat /host/below/file; stat /host/below/file >/dev/null", d)); code != 0 || out != "seen\n" {
+			s.Fatalf("exit %d, %q", code, out)
+		}
+		s.until(func() bool {
+			err := unix.Unmount(below, 0)
+			if err != nil && !errors.Is(err, unix.EBUSY) {
+				s.Fatal(err)
+			}
+			return err == nil
+		})
+		if code, out, _ := s.result(s.container("b", "ls /host/below", d)); code != 0 || out != "" {
+			s.Errorf("after the unmount: exit %d, %q", code, out)
+		}
+	})
+}
+
 // TestShareConfined shows what the process has.
 func TestShareConfined(t *testing.T) {
 	eachChannel(t, func(s *sharing) {

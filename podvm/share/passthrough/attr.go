@@ -6,10 +6,17 @@ import (
 )
 
 // stat reads the attributes of what fd is open on, which may be a symlink.
-func stat(fd int, st *unix.Statx_t) error {
+func stat(fd int, st *unix.Statx_t) error { return statx(fd, unix.STATX_BASIC_STATS, st) }
+
+// statNode is stat that also reads what identify needs, which may cost one more request of NFS or
+// FUSE on the host.
+func statNode(fd int, st *unix.Statx_t) error {
+	return statx(fd, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID|unix.STATX_BTIME, st)
+}
+
+func statx(fd, mask int, st *unix.Statx_t) error {
 	return again(func() error {
-		return unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT,
-			unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, st)
+		return unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, mask, st)
 	})
 }
 

@@ -22,7 +22,7 @@ func (f *FS) made(in *fuse.InHeader, name string, mode, umask uint32, out *fuse.
 	if err != nil {
 		return fuse.ToStatus(err)
 	}
-	return fuse.ToStatus(f.lookup(dir.fd, name, out))
+	return fuse.ToStatus(f.lookup(dir.place(), name, out))
 }
 
 // masked applies the caller's umask, unless the directory has a default ACL, which takes its place.
@@ -122,7 +122,7 @@ func (f *FS) createFile(dir *node, in *fuse.CreateIn, name string, how int, out 
 		unix.Close(fd)
 		return err
 	}
-	if err := f.enter(path, &out.EntryOut); err != nil {
+	if err := f.enter(path, place{}, "", &out.EntryOut); err != nil {
 		unix.Close(fd)
 		return err
 	}
@@ -131,7 +131,7 @@ func (f *FS) createFile(dir *node, in *fuse.CreateIn, name string, how int, out 
 
 // openEntry opens what the name is, if it is a file.
 func (f *FS) openEntry(dir *node, in *fuse.CreateIn, name string, out *fuse.CreateOut) error {
-	if err := f.lookup(dir.fd, name, &out.EntryOut); err != nil {
+	if err := f.lookup(dir.place(), name, &out.EntryOut); err != nil {
 		return err
 	}
 	n, err := f.nodes.get(out.NodeId)

@@ -2,40 +2,11 @@ package passthrough
 
 import (
 	"errors"
-	"fmt"
 	"strconv"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
-
-// spareFiles are left of RLIMIT_NOFILE for the process itself and for what an operation opens
-// until it ends.
-const spareFiles = 256
-
-// budget counts how many descriptors the guest may still have open.
-type budget struct{ left atomic.Int64 }
-
-func newBudget() (*budget, error) {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return nil, fmt.Errorf("read RLIMIT_NOFILE: %w", err)
-	}
-	if limit.Cur < 2*spareFiles {
-		return nil, fmt.Errorf("RLIMIT_NOFILE is %d; raise it to %d or more", limit.Cur, 2*spareFiles)
-	}
-	b := &budget{}
-	b.left.Store(int64(min(limit.Cur-spareFiles, 1<<31)))
-	return b, nil
-}
-
-func (b *budget) take() bool {
-	if b.left.Add(-1) >= 0 {
-		return true
-	}
-	b.left.Add(1)
-	return false
-}
 
 // descriptor is a file descriptor that is closed with its last reference: while an operation uses
 // it, its number can't become another file's.
@@ -64,7 +35,7 @@ func (d *descriptor) release() bool {
 		return false
 	}
 	unix.Close(d.fd)
-	d.b.left.Add(1)
+	d.b.give()
 	return true
 }
 

@@ -27,7 +27,9 @@ type keptEntries struct{ size atomic.Int64 }
 type dirStream struct {
 	dev  uint64 // of all its entries but mounts
 	root uint64 // its number if it is the share's root, or 0
-	all  *keptEntries
+	// node and mount are the directory's own.
+	node, mount uint64
+	all         *keptEntries
 
 	mu sync.Mutex
 	// at is the cookie of the next entry to deliver, if not lost.
@@ -38,7 +40,7 @@ type dirStream struct {
 }
 
 func (f *FS) newDirStream(n *node, dev uint64) *dirStream {
-	d := &dirStream{dev: dev, all: &f.kept}
+	d := &dirStream{dev: dev, node: n.id, mount: n.ident.mount, all: &f.kept}
 	if n.id == fuse.FUSE_ROOT_ID {
 		d.root = n.ident.ino
 	}

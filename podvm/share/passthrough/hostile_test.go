@@ -116,7 +116,7 @@ func TestForget(t *testing.T) {
 	_, host := hostileDirs(t)
 	f := serveDir(t, host)
 	g := newGuest(t, f)
-	left := f.budget.left.Load()
+	used := f.budget.used.Load()
 	node, _ := g.lookup(fuse.FUSE_ROOT_ID, "inside")
 	if again, _ := g.lookup(fuse.FUSE_ROOT_ID, "inside"); again != node {
 		t.Errorf("it is node %d and %d", node, again)
@@ -149,8 +149,8 @@ func TestForget(t *testing.T) {
 		Count, Dummy uint32
 	}{Count: math.MaxUint32}, string(make([]byte, 16))), 4096)
 	// One file is open, one node known.
-	if now := f.budget.left.Load(); now != left-2 {
-		t.Errorf("%d descriptors are open; want 2", left-now)
+	if now := f.budget.used.Load() - used; now != 2 {
+		t.Errorf("%d descriptors are open; want 2", now)
 	}
 }
 
@@ -325,8 +325,8 @@ func TestBudget(t *testing.T) {
 	f := serveDir(t, host)
 	g := newGuest(t, f)
 	node, _ := g.lookup(fuse.FUSE_ROOT_ID, "inside")
-	take := f.budget.left.Load() - 2
-	f.budget.left.Add(-take)
+	take := f.budget.all.left.Load() - 2
+	f.budget.all.left.Add(-take)
 	var last unix.Errno
 	opened := 0
 	for range 5 {
@@ -346,15 +346,15 @@ func TestBudget(t *testing.T) {
 		}
 	}
 	// One for the node, none for the handle.
-	f.budget.left.Add(1)
+	f.budget.all.left.Add(1)
 	create := wire(opCreate, fuse.FUSE_ROOT_ID, fuse.CreateIn{Flags: unix.O_RDWR, Mode: 0o600}, "half\x00")
-	if code, _ := g.send(create, 4096); code != unix.EMFILE || f.budget.left.Load() != 1 {
-		t.Errorf("create: %v, and %d descriptors are left", code, f.budget.left.Load())
+	if code, _ := g.send(create, 4096); code != unix.EMFILE || f.budget.all.left.Load() != 1 {
+		t.Errorf("create: %v, and %d descriptors are left", code, f.budget.all.left.Load())
 	}
 	if after := descriptors(t); after != before {
 		t.Errorf("%d descriptors became %d", before, after)
 	}
-	f.budget.left.Add(take - 1)
+	f.budget.all.left.Add(take - 1)
 }
 
 func descriptors(t *testing.T) int {

@@ -33,8 +33,8 @@ func (f *FS) GetLk(_ <-chan struct{}, in *fuse.LkIn, out *fuse.LkOut) fuse.Statu
 	// The owner's own locks are not in its way. A handle has no locks of this kind.
 	d := &h.descriptor
 	if own := n.locks.get(in.Owner); own != nil {
-		defer own.release()
-		d = own
+		defer own.put()
+		d = &own.descriptor
 	}
 	if err := again(func() error { return unix.FcntlFlock(uintptr(d.fd), unix.F_OFD_GETLK, lock) }); err != nil {
 		return fuse.ToStatus(err)
@@ -93,7 +93,7 @@ func (f *FS) lock(in *fuse.LkIn, until func(try func() error) error) error {
 	if n.kind != unix.S_IFREG {
 		return unix.EINVAL
 	}
-	return until(func() error { return n.setLock(in.Owner, *lock) })
+	return until(func() error { return f.setLock(n, in, *lock) })
 }
 
 // flock locks the handle's own open file, as in the guest.

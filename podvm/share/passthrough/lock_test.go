@@ -15,7 +15,7 @@ import (
 
 // TestLocks has each side exclude the other, and the next owner get what one gives back.
 func TestLocks(t *testing.T) {
-	for _, kind := range []string{"posix", "flock"} {
+	for _, kind := range []string{"posix", "ofd", "flock"} {
 		t.Run(kind, func(t *testing.T) {
 			mnt, host := mounted(t)
 			ok(t, os.WriteFile(host+"/file", nil, 0o600))
@@ -39,7 +39,7 @@ func TestLocks(t *testing.T) {
 	}
 }
 
-// isFree waits: FUSE gives a flock back some time after the close.
+// isFree waits: FUSE gives a flock and an OFD lock back some time after the close.
 func isFree(t *testing.T, kind, path string) {
 	t.Helper()
 	next := startChild(t, kind+"-wait", path)
@@ -55,10 +55,14 @@ func tryLock(kind, path string) error {
 		return err
 	}
 	defer unix.Close(fd)
-	if kind == "flock" {
+	lock := &unix.Flock_t{Type: unix.F_WRLCK}
+	switch kind {
+	case "flock":
 		return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+	case "ofd":
+		return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, lock)
 	}
-	return unix.FcntlFlock(uintptr(fd), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+	return unix.FcntlFlock(uintptr(fd), unix.F_SETLK, lock)
 }
 
 func TestKilledWaiterDies(t *testing.T) {

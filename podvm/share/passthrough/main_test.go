@@ -50,6 +50,11 @@ func child(what, path string) error {
 	case "posix-wait":
 		fmt.Println("about to")
 		err = unix.FcntlFlock(f.Fd(), unix.F_SETLKW, &lock)
+	case "ofd":
+		err = unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock)
+	case "ofd-wait":
+		fmt.Println("about to")
+		err = unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLKW, &lock)
 	case "flock":
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	case "flock-wait":
@@ -140,11 +145,16 @@ func serveDir(t testing.TB, host string) *FS {
 	if err != nil {
 		t.Fatal(err)
 	}
-	left := f.budget.left.Load() + 1
 	t.Cleanup(func() {
 		f.Close()
-		if now := f.budget.left.Load(); now != left {
-			t.Errorf("%d descriptors are left open", left-now)
+		if used := f.budget.used.Load(); used != 0 {
+			t.Errorf("%d descriptors are left open", used)
+		}
+		if locked := f.locks.ranges.Load(); locked != 0 {
+			t.Errorf("%d ranges are left locked", locked)
+		}
+		if left := f.Crossings(); len(left) != 0 {
+			t.Errorf("the crossings %v are left", left)
 		}
 		if kept := f.kept.size.Load(); kept != 0 {
 			t.Errorf("%d bytes of directories are left", kept)
@@ -167,11 +177,17 @@ func tempDir(t testing.TB) string {
 // mounted serves a new directory to this kernel in place of a guest's.
 func mounted(t testing.TB) (mnt, host string) {
 	t.Helper()
+	mnt, host, _, _ = mountedFS(t)
+	return mnt, host
+}
+
+func mountedFS(t testing.TB) (mnt, host string, f *FS, server *fuse.Server) {
+	t.Helper()
 	if _, err := os.Stat("/dev/fuse"); err != nil {
 		t.Skipf("needs /dev/fuse to mount what is served: %v", err)
 	}
 	host, mnt = tempDir(t), tempDir(t)
-	f := serveDir(t, host)
+	f = serveDir(t, host)
 	o := f.Options()
 	o.DirectMountStrict, o.AllowOther, o.Options = true, true, []string{"default_permissions"}
 	o.DirectMountFlags = unix.MS_NODEV // with set-user-ID
@@ -189,7 +205,7 @@ func mounted(t testing.TB) (mnt, host string) {
 			unix.Unmount(mnt, unix.MNT_DETACH|unix.MNT_FORCE)
 		}
 	})
-	return mnt, host
+	return mnt, host, f, server
 }
 
 // asUser does something as a user without privileges.

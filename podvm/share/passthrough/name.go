@@ -43,27 +43,32 @@ func (f *FS) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse
 		return fuse.ToStatus(err)
 	}
 	defer dir.put()
-	return fuse.ToStatus(f.lookup(dir.fd, name, out))
+	return fuse.ToStatus(f.lookup(dir.place(), name, out))
 }
 
 // lookup makes known what the name is. It is a symlink itself if it is one.
 // Precondition: the name is checked.
-func (f *FS) lookup(dir int, name string, out *fuse.EntryOut) error {
-	fd, err := openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW, 0)
+func (f *FS) lookup(dir place, name string, out *fuse.EntryOut) error {
+	fd, err := openat(dir.fd, name, unix.O_PATH|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
-	return f.enter(fd, out)
+	return f.enter(fd, dir, name, out)
 }
 
-// enter makes the inode of fd, an O_PATH descriptor that it takes over, known.
-func (f *FS) enter(fd int, out *fuse.EntryOut) error {
+// enter makes the inode of fd, an O_PATH descriptor that it takes over, known. The name is empty
+// if it may have none.
+func (f *FS) enter(fd int, dir place, name string, out *fuse.EntryOut) error {
 	var st unix.Statx_t
-	if err := stat(fd, &st); err != nil {
+	if err := statNode(fd, &st); err != nil {
 		unix.Close(fd)
 		return err
 	}
-	id, err := f.nodes.add(fd, &st)
+	var by *Crossing
+	if name != "" && st.Mnt_id != dir.mount {
+		by = &Crossing{dir.node, name}
+	}
+	id, err := f.nodes.add(fd, &st, by)
 	if err != nil {
 		return err
 	}
@@ -128,7 +133,7 @@ func (f *FS) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse.Ent
 	if err != nil {
 		return fuse.ToStatus(err)
 	}
-	return fuse.ToStatus(f.lookup(dir.fd, name, out))
+	return fuse.ToStatus(f.lookup(dir.place(), name, out))
 }
 
 // Readlink returns what a symlink says. Only the guest follows it.

@@ -95,12 +95,13 @@ func openNow(n *node, flags int) (int, error) {
 	return fd, err
 }
 
-// Release closes a file. Its flock goes with it.
+// Release closes a file. Its flock and its OFD locks, which no flush ends, go with it.
 func (f *FS) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	if in.ReleaseFlags&fuse.RELEASE_FLUSH != 0 {
 		f.unlockOwner(in.NodeId, in.LockOwner)
 	}
 	f.handles.remove(in.Fh)
+	f.unlockHandle(in.NodeId, in.Fh)
 }
 
 // ReleaseDir closes a directory.

@@ -40,8 +40,10 @@ type FS struct {
 	nodes   nodes
 	handles handles
 	kept    keptEntries
+	locks   lockCount
 	done    chan struct{} // closed by Close
 	close   sync.Once
+	panics  sync.Once // logs the first
 }
 
 // New serves the directory that root, an O_PATH descriptor, is of. It takes root over. It sets the
@@ -62,7 +64,7 @@ func New(root *os.File) (*FS, error) {
 
 func serve(fd int) (*FS, error) {
 	var st unix.Statx_t
-	if err := stat(fd, &st); err != nil {
+	if err := statNode(fd, &st); err != nil {
 		return nil, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
@@ -77,10 +79,11 @@ func serve(fd int) (*FS, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := newBudget()
+	all, err := ownFiles()
 	if err != nil {
 		return nil, err
 	}
+	b := &budget{all: all}
 	unix.Umask(0)
 	f := &FS{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
@@ -99,7 +102,7 @@ func (f *FS) Options() *fuse.MountOptions {
 		EnableLocks: true, EnableAcl: true,
 		// The guest decides how much there is to log.
 		Logger:       log.New(io.Discard, "", 0),
-		PanicHandler: panicked,
+		PanicHandler: f.panicked,
 		// DONT_MASK: whether the umask counts depends on the directory's default ACL, which the host
 		// knows. ATOMIC_O_TRUNC saves a request. HANDLE_KILLPRIV_V2 saves one per write, and
 		// SETXATTR_EXT is its counterpart for ACLs. READDIRPLUS_AUTO opens inodes only when asked for.
@@ -109,8 +112,12 @@ func (f *FS) Options() *fuse.MountOptions {
 	}
 }
 
-func panicked(what any) fuse.Status {
-	slog.Error("a request of a guest's share panicked", "panic", what, "stack", string(debug.Stack()))
+// panicked fails a request. A guest that knows how to make one panic must not fill the log.
+func (f *FS) panicked(what any) fuse.Status {
+	f.panics.Do(func() {
+		slog.Error("a request of a guest's share panicked; those that follow are not logged",
+			"panic", what, "stack", string(debug.Stack()))
+	})
 	return fuse.EIO
 }
 

@@ -6,14 +6,14 @@ import (
 
 // ReadDir lists a directory.
 func (f *FS) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
-	return f.list(in, int(in.Size), func(_ int, e fuse.DirEntry) bool { return out.AddDirEntry(e) })
+	return f.list(in, int(in.Size), func(_ place, e fuse.DirEntry) bool { return out.AddDirEntry(e) })
 }
 
 // ReadDirPlus lists a directory and looks its entries up. Those that it delivers count as looked
 // up, but "." and "..", and what has gone meanwhile or can't be opened.
 func (f *FS) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	// An entry takes about four times what it takes in the kernel's list.
-	return f.list(in, int(in.Size/4), func(dir int, e fuse.DirEntry) bool {
+	return f.list(in, int(in.Size/4), func(dir place, e fuse.DirEntry) bool {
 		to := out.AddDirLookupEntry(e)
 		if to == nil {
 			return false
@@ -32,7 +32,7 @@ func (f *FS) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryL
 
 func dots(name string) bool { return name == "." || name == ".." }
 
-func (f *FS) list(in *fuse.ReadIn, step int, add func(dir int, e fuse.DirEntry) bool) fuse.Status {
+func (f *FS) list(in *fuse.ReadIn, step int, add func(dir place, e fuse.DirEntry) bool) fuse.Status {
 	h, err := f.handles.get(in.Fh, directory)
 	if err != nil {
 		return fuse.ToStatus(err)
@@ -47,7 +47,7 @@ func (f *FS) list(in *fuse.ReadIn, step int, add func(dir int, e fuse.DirEntry) 
 		if e.Name == ".." && d.root != 0 {
 			e.Ino = d.root // what is above is not the guest's
 		}
-		ok := add(h.fd, e)
+		ok := add(place{h.fd, d.node, d.mount}, e)
 		added = added || ok
 		return ok
 	})

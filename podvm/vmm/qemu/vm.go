@@ -62,7 +62,7 @@ func (v *vm) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dial the agent: %w", v.Explain(err))
 	}
-	conn, err := s.Open(port)
+	conn, err := s.Open(ctx, port)
 	if err != nil {
 		return nil, fmt.Errorf("dial the agent: %w", v.Explain(err))
 	}
