@@ -28,7 +28,7 @@ func TestStub(t *testing.T) {
 	}
 	run := func(env ...string) string {
 		t.Helper()
-		cmd := exec.Command(crun, "--version")
+		cmd := exec.Command(crun, "--root", dir, "--version")
 		cmd.Env = append(env, "LD_LIBRARY_PATH="+dir)
 		out, err := cmd.CombinedOutput()
 		if err != nil {
