@@ -130,8 +130,8 @@ type Deliver func(ctx context.Context, message []byte) error
 
 // Run carries messages over the stream until it breaks, and closes it; the caller has called Take. The
 // other end has received so many messages of this one. Messages are delivered one after another; who
-// delivers may wait for Send. The error
-// is deliver's, or says what the other end did wrong (ErrInvalidArgument).
+// delivers may wait for Send. The error is deliver's, or says what the other end did wrong
+// (ErrInvalidArgument).
 func (l *Link) Run(stream net.Conn, received uint64, deliver Deliver) error {
 	defer l.Leave()
 	ctx, stop := context.WithCancel(context.Background())

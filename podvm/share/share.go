@@ -5,7 +5,10 @@ package share
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"sync"
 
@@ -113,6 +116,9 @@ func (s *Server) Release(ctx context.Context, run string) error {
 		p.end()
 		p.turn <- struct{}{} // whoever has it would start the process again
 		defer p.unlock()
+	}
+	if _, err := os.Lstat(folder(run)); errors.Is(err, fs.ErrNotExist) {
+		return nil // as for most pods: there never was a process, and it need not be looked for
 	}
 	if err := process.KillIn(ctx, folder(run)); err != nil {
 		return fmt.Errorf("end the process that serves host directories: %w", err)
