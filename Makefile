@@ -13,7 +13,7 @@ KERNEL :=
 export PATH := $(CURDIR)/build/go/bin:$(PATH)
 export GOTOOLCHAIN ?= auto
 
-.PHONY: all build agent guest guest-kernel deps prepare demo demo-clean test unit e2e bench e2e-node kubelet lint clean
+.PHONY: all build agent guest guest-kernel deps prepare demo demo-clean test unit race e2e bench e2e-node kubelet lint clean
 
 all: build
 
@@ -61,7 +61,11 @@ test:
 # One package at a time: several of them boot VMs. Each in namespaces of its own, of which nothing may be left.
 unit:
 	go build $(GOFLAGS) -o build/tools/isolate ./e2e/isolate
-	go test $(GOFLAGS) -exec $(CURDIR)/build/tools/isolate -p 1 -timeout 15m $$(go list $(GOFLAGS) ./... | grep -v -e /e2e$$ -e /e2e/critest$$ -e /e2e/kubelet$$ -e /build/)
+	go test $(GOFLAGS) $(RACE) -exec $(CURDIR)/build/tools/isolate -p 1 -timeout 15m $$(go list $(GOFLAGS) ./... | grep -v -e /e2e$$ -e /e2e/critest$$ -e /e2e/kubelet$$ -e /build/)
+
+# The same with Go's race detector, which needs a C compiler, and several times the memory.
+race:
+	@$(MAKE) --no-print-directory unit CGO_ENABLED=1 RACE='-race -skip TestPullNeedsLittleMemory'
 
 e2e:
 	go test $(GOFLAGS) -p 1 -count 1 -timeout 30m ./e2e ./e2e/critest

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -71,20 +72,21 @@ func TestNeeds(t *testing.T) {
 // TestReadinessHangs: looks are kept for a while, are one at a time, and keep nobody waiting.
 func TestReadinessHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		looks, hang := 0, make(chan error)
+		var looks atomic.Int32
+		hang := make(chan error)
 		answer := errors.New("full")
-		r := &readiness{look: func() error { looks++; return answer }}
+		r := &readiness{look: func() error { looks.Add(1); return answer }}
 		for range 3 {
-			if err := r.check(t.Context()); err != answer || looks != 1 {
-				t.Errorf("got %v after %d looks", err, looks)
+			if err := r.check(t.Context()); err != answer || looks.Load() != 1 {
+				t.Errorf("got %v after %d looks", err, looks.Load())
 			}
 		}
 		time.Sleep(readyFor)
-		r.look = func() error { looks++; return <-hang }
+		r.look = func() error { looks.Add(1); return <-hang }
 		for range 2 {
 			began := time.Now()
-			if err := r.check(t.Context()); err == nil || !strings.Contains(err.Error(), "has not answered") || time.Since(began) != readyLook || looks != 2 {
-				t.Errorf("got %v after %v and %d looks", err, time.Since(began), looks)
+			if err := r.check(t.Context()); err == nil || !strings.Contains(err.Error(), "has not answered") || time.Since(began) != readyLook || looks.Load() != 2 {
+				t.Errorf("got %v after %v and %d looks", err, time.Since(began), looks.Load())
 			}
 		}
 		ctx, cancel := context.WithCancel(t.Context())
@@ -94,8 +96,8 @@ func TestReadinessHangs(t *testing.T) {
 		}
 		hang <- nil
 		synctest.Wait()
-		if err := r.check(t.Context()); err != nil || looks != 2 {
-			t.Errorf("got %v after %d looks", err, looks)
+		if err := r.check(t.Context()); err != nil || looks.Load() != 2 {
+			t.Errorf("got %v after %d looks", err, looks.Load())
 		}
 	})
 }

@@ -85,16 +85,18 @@ func TestLinkThroughBreaks(t *testing.T) {
 				sent := map[*linkEnd][][]byte{}
 				var senders sync.WaitGroup
 				for _, e := range []*linkEnd{a, b} {
+					var all [][]byte
 					for i := range messages {
 						m := make([]byte, 4+r.IntN(100))
 						if r.IntN(10) == 0 {
 							m = make([]byte, r.IntN(MessageMax-4)+4)
 						}
 						binary.BigEndian.PutUint32(m, uint32(i))
-						sent[e] = append(sent[e], m)
+						all = append(all, m)
 					}
+					sent[e] = all
 					senders.Go(func() {
-						for _, m := range sent[e] {
+						for _, m := range all {
 							if err := e.Send(m); err != nil {
 								t.Error(err)
 							}
