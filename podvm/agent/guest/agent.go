@@ -19,7 +19,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -46,6 +45,7 @@ type Agent struct {
 	files  *fileSets
 	vols   *volumes
 	shares *hostDirs
+	cards  *cards
 	pid    podPID
 	// sealed is crun as it is run.
 	sealed *sealed
@@ -55,7 +55,6 @@ type Agent struct {
 	setup *agent.SetupResponse
 	podID string
 	// These are set in a template, for its clones.
-	card       netlink.Link
 	pack       *os.File
 	prepared   bool // the rest is set
 	scratch    string
@@ -94,7 +93,11 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{o: o, reaper: r, sealed: program, watch: newHub(), containers: make(map[string]*container), scratch: o.Root}
+	cards, err := newCards()
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{o: o, reaper: r, cards: cards, sealed: program, watch: newHub(), containers: make(map[string]*container), scratch: o.Root}
 	a.disks = newDisks(a.path("disks"))
 	a.files = newFileSets(a.path("files"))
 	a.vols = newVolumes(a.path("volumes"))

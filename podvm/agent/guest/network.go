@@ -15,13 +15,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// network configures the cards of a request, waiting for each to be plugged in. prepared is the one that
-// prepareCard has prepared, if any.
-func network(ctx context.Context, prepared netlink.Link, req *agent.NetworkRequest) error {
+// cards configures the guest's network cards, over a socket to the kernel that a clone has from its template.
+type cards struct {
+	*netlink.Handle
+	// prepared is the card that every pod has, where it was prepared; nil where not.
+	prepared netlink.Link
+}
+
+func newCards() (*cards, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("talk to the kernel about network cards: %w", err)
+	}
+	return &cards{Handle: h}, nil
+}
+
+// configure configures the cards of a request, waiting for each to be plugged in.
+func (c *cards) configure(ctx context.Context, req *agent.NetworkRequest) error {
 	ctx, cancel := context.WithTimeout(ctx, deviceWait)
 	defer cancel()
 	for _, i := range req.Interfaces {
-		if err := setInterface(ctx, prepared, i); err != nil {
+		if err := c.set(ctx, i); err != nil {
 			return fmt.Errorf("network card %s (%s): %w", i.Name, i.Mac, err)
 		}
 	}
@@ -31,43 +45,47 @@ func network(ctx context.Context, prepared netlink.Link, req *agent.NetworkReque
 // cardName is how almost every pod's first interface is called.
 const cardName = "eth0"
 
-// prepareCard does what can be done for a card before it is known whose it will be: it is up, and
-// silent, because its address is not its own.
-func prepareCard(ctx context.Context, address string) (netlink.Link, error) {
+// prepare does what can be done for a card before it is known whose it will be: it is up, and silent,
+// because its address is not its own.
+func (c *cards) prepare(ctx context.Context, address string) error {
 	ctx, cancel := context.WithTimeout(ctx, deviceWait)
 	defer cancel()
 	mac, err := net.ParseMAC(address)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	link, err := awaitLink(ctx, mac)
+	link, err := c.await(ctx, mac)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if link, err = rename(link, cardName); err != nil {
-		return nil, err
+	if link, err = c.rename(link, cardName); err != nil {
+		return err
 	}
 	if err := noDiscovery(cardName); err != nil {
-		return nil, err
+		return err
 	}
-	if err := silence(link); err != nil {
-		return nil, err
+	if err := c.silence(link); err != nil {
+		return err
 	}
-	if err := up(link); err != nil {
-		return nil, err
+	if err := c.up(link); err != nil {
+		return err
 	}
-	return netlink.LinkByIndex(link.Attrs().Index)
+	c.prepared, err = c.LinkByIndex(link.Attrs().Index)
+	return err
 }
 
-// rehearseCard gives a card that was prepared addresses and routes of documentation, and takes them away
+// rehearse gives the card that was prepared addresses and routes of documentation, and takes them away
 // again.
-func rehearseCard(ctx context.Context, card netlink.Link) error {
-	err := setInterface(ctx, card, &agent.Interface{
-		Name: cardName, Mac: card.Attrs().HardwareAddr.String(), Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
+func (c *cards) rehearse(ctx context.Context) error {
+	if c.prepared == nil {
+		return nil
+	}
+	err := c.set(ctx, &agent.Interface{
+		Name: cardName, Mac: c.prepared.Attrs().HardwareAddr.String(), Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
 		Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "192.0.2.1"}, {Destination: "::/0", Gateway: "2001:db8::1"}},
 	})
 	if err == nil {
-		err = silence(card)
+		err = c.silence(c.prepared)
 	}
 	if err != nil {
 		return fmt.Errorf("network card %s: %w", cardName, err)
@@ -76,55 +94,55 @@ func rehearseCard(ctx context.Context, card netlink.Link) error {
 }
 
 // silence takes a card's addresses away, and with them its routes.
-func silence(link netlink.Link) error {
+func (c *cards) silence(link netlink.Link) error {
 	if err := ipv6(link.Attrs().Name, "disable_ipv6", "1"); err != nil {
 		return err
 	}
-	addresses, err := netlink.AddrList(link, netlink.FAMILY_V4)
+	addresses, err := c.AddrList(link, netlink.FAMILY_V4)
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
 	for _, a := range addresses {
-		if err := netlink.AddrDel(link, &a); err != nil {
+		if err := c.AddrDel(link, &a); err != nil {
 			return fmt.Errorf("remove address %s: %w", a.IPNet, err)
 		}
 	}
 	return nil
 }
 
-func setInterface(ctx context.Context, prepared netlink.Link, i *agent.Interface) error {
-	link, err := identifyCard(ctx, prepared, i)
+func (c *cards) set(ctx context.Context, i *agent.Interface) error {
+	link, err := c.identify(ctx, i)
 	if err != nil {
 		return err
 	}
 	if i.Mtu != 0 && int(i.Mtu) != link.Attrs().MTU {
-		if err := netlink.LinkSetMTU(link, int(i.Mtu)); err != nil {
+		if err := c.LinkSetMTU(link, int(i.Mtu)); err != nil {
 			return fmt.Errorf("set MTU %d: %w", i.Mtu, err)
 		}
 	}
-	if err := up(link); err != nil {
+	if err := c.up(link); err != nil {
 		return err
 	}
 	for _, address := range i.Addresses {
-		if err := addAddress(link, address); err != nil {
+		if err := c.addAddress(link, address); err != nil {
 			return err
 		}
 	}
 	for _, r := range i.Routes {
-		if err := addRoute(link, r); err != nil {
+		if err := c.addRoute(link, r); err != nil {
 			return err
 		}
 	}
 	for _, n := range i.Neighbours {
-		if err := addNeighbour(link, n); err != nil {
+		if err := c.addNeighbour(link, n); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// identifyCard finds a card and gives it the name and the address that it is to have.
-func identifyCard(ctx context.Context, prepared netlink.Link, i *agent.Interface) (netlink.Link, error) {
+// identify finds a card and gives it the name and the address that it is to have.
+func (c *cards) identify(ctx context.Context, i *agent.Interface) (netlink.Link, error) {
 	mac, err := net.ParseMAC(i.Mac)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -135,22 +153,22 @@ func identifyCard(ctx context.Context, prepared netlink.Link, i *agent.Interface
 			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 		}
 	}
-	link := prepared
+	link := c.prepared
 	if link == nil || !bytes.Equal(present, link.Attrs().HardwareAddr) {
-		if link, err = awaitLink(ctx, present); err != nil {
+		if link, err = c.await(ctx, present); err != nil {
 			return nil, err
 		}
 	}
 	renamed := link.Attrs().Name != i.Name
-	if link, err = rename(link, i.Name); err != nil {
+	if link, err = c.rename(link, i.Name); err != nil {
 		return nil, err
 	}
 	if !bytes.Equal(present, mac) {
-		if err := netlink.LinkSetHardwareAddr(link, mac); err != nil {
+		if err := c.LinkSetHardwareAddr(link, mac); err != nil {
 			return nil, fmt.Errorf("set address: %w", err)
 		}
 	}
-	if renamed || link != prepared {
+	if renamed || link != c.prepared {
 		if err := noDiscovery(i.Name); err != nil {
 			return nil, err
 		}
@@ -173,19 +191,19 @@ func ipv6(card, name, value string) error {
 	return err
 }
 
-func up(link netlink.Link) error {
+func (c *cards) up(link netlink.Link) error {
 	if link.Attrs().Flags&net.FlagUp != 0 {
 		return nil
 	}
-	if err := netlink.LinkSetUp(link); err != nil {
+	if err := c.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bring up: %w", err)
 	}
 	return nil
 }
 
-// awaitLink finds the card by its address, waiting by the kernel's events for it to appear.
-func awaitLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) {
-	if link, err := findLink(mac); link != nil || err != nil {
+// await finds the card by its address, waiting by the kernel's events for it to appear.
+func (c *cards) await(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) {
+	if link, err := c.find(mac); link != nil || err != nil {
 		return link, err
 	}
 	done := make(chan struct{})
@@ -204,7 +222,7 @@ func awaitLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) 
 		return nil, fmt.Errorf("watch network cards: %w", err)
 	}
 	for {
-		if link, err := findLink(mac); link != nil || err != nil {
+		if link, err := c.find(mac); link != nil || err != nil {
 			return link, err
 		}
 		select {
@@ -217,9 +235,9 @@ func awaitLink(ctx context.Context, mac net.HardwareAddr) (netlink.Link, error) 
 	}
 }
 
-// findLink finds the card with the address; nil where there is none.
-func findLink(mac net.HardwareAddr) (netlink.Link, error) {
-	links, err := netlink.LinkList()
+// find finds the card with the address; nil where there is none.
+func (c *cards) find(mac net.HardwareAddr) (netlink.Link, error) {
+	links, err := c.LinkList()
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("list network cards: %w", err)
 	}
@@ -231,20 +249,20 @@ func findLink(mac net.HardwareAddr) (netlink.Link, error) {
 	return nil, nil
 }
 
-func rename(link netlink.Link, name string) (netlink.Link, error) {
+func (c *cards) rename(link netlink.Link, name string) (netlink.Link, error) {
 	if link.Attrs().Name == name {
 		return link, nil
 	}
-	if err := netlink.LinkSetDown(link); err != nil {
+	if err := c.LinkSetDown(link); err != nil {
 		return nil, fmt.Errorf("bring down: %w", err)
 	}
-	if err := netlink.LinkSetName(link, name); err != nil {
+	if err := c.LinkSetName(link, name); err != nil {
 		return nil, fmt.Errorf("rename %s: %w", link.Attrs().Name, err)
 	}
-	return netlink.LinkByIndex(link.Attrs().Index)
+	return c.LinkByIndex(link.Attrs().Index)
 }
 
-func addAddress(link netlink.Link, address string) error {
+func (c *cards) addAddress(link netlink.Link, address string) error {
 	ip, ipNet, err := net.ParseCIDR(address)
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -253,13 +271,13 @@ func addAddress(link netlink.Link, address string) error {
 	if ip.To4() == nil {
 		addr.Flags = unix.IFA_F_NODAD
 	}
-	if err := netlink.AddrReplace(link, addr); err != nil {
+	if err := c.AddrReplace(link, addr); err != nil {
 		return fmt.Errorf("add address %s: %w", address, err)
 	}
 	return nil
 }
 
-func addRoute(link netlink.Link, r *agent.Route) error {
+func (c *cards) addRoute(link netlink.Link, r *agent.Route) error {
 	_, dst, err := net.ParseCIDR(r.Destination)
 	if err != nil {
 		return fmt.Errorf("route: %w: %w", err, errdefs.ErrInvalidArgument)
@@ -271,7 +289,7 @@ func addRoute(link netlink.Link, r *agent.Route) error {
 	if route.Src, err = optionalIP(r.Source); err != nil {
 		return err
 	}
-	if err := netlink.RouteReplace(route); err != nil {
+	if err := c.RouteReplace(route); err != nil {
 		return fmt.Errorf("add route to %s by %q: %w", r.Destination, r.Gateway, err)
 	}
 	return nil
@@ -287,7 +305,7 @@ func optionalIP(s string) (net.IP, error) {
 	return nil, fmt.Errorf("%q is no IP address: %w", s, errdefs.ErrInvalidArgument)
 }
 
-func addNeighbour(link netlink.Link, n *agent.Neighbour) error {
+func (c *cards) addNeighbour(link netlink.Link, n *agent.Neighbour) error {
 	ip, err := optionalIP(n.Address)
 	if err != nil {
 		return err
@@ -297,7 +315,7 @@ func addNeighbour(link netlink.Link, n *agent.Neighbour) error {
 		return fmt.Errorf("neighbour: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	neigh := &netlink.Neigh{LinkIndex: link.Attrs().Index, IP: ip, HardwareAddr: mac, State: netlink.NUD_PERMANENT}
-	if err := netlink.NeighSet(neigh); err != nil {
+	if err := c.NeighSet(neigh); err != nil {
 		return fmt.Errorf("add neighbour %s: %w", n.Address, err)
 	}
 	return nil

@@ -16,16 +16,22 @@ import (
 )
 
 // inNetwork gives the test a network of its own. Its thread ends with the test.
-func inNetwork(t *testing.T) {
+func inNetwork(t *testing.T) *cards {
 	t.Helper()
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		t.Fatal(err)
 	}
+	c, err := newCards()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
 }
 
 func TestNetwork(t *testing.T) {
-	inNetwork(t)
+	cards := inNetwork(t)
 	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
 	plug := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ens3", HardwareAddr: mac}, PeerName: "peer"}
 	plugged := make(chan error, 1)
@@ -35,7 +41,7 @@ func TestNetwork(t *testing.T) {
 	}
 	defer handle.Close()
 	time.AfterFunc(50*time.Millisecond, func() { plugged <- handle.LinkAdd(plug) })
-	err = network(t.Context(), nil, &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+	err = cards.configure(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
 		Name: "eth0", Mac: mac.String(), Mtu: 1400, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
 		Routes: []*agent.Route{
 			{Destination: "169.254.1.1/32", Scope: uint32(netlink.SCOPE_LINK)},
@@ -81,7 +87,7 @@ func TestNetwork(t *testing.T) {
 
 // TestCard: a card that is there from the beginning becomes a pod's.
 func TestCard(t *testing.T) {
-	inNetwork(t)
+	cards := inNetwork(t)
 	const from = "02:ca:15:50:00:01"
 	first, err := net.ParseMAC(from)
 	if err != nil {
@@ -98,13 +104,12 @@ func TestCard(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var prepared netlink.Link
 	for range 2 { // a call that is repeated
-		if prepared, err = prepareCard(t.Context(), from); err != nil {
+		if err := cards.prepare(t.Context(), from); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := rehearseCard(t.Context(), prepared); err != nil {
+	if err := cards.rehearse(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if routes, err := netlink.RouteList(nil, netlink.FAMILY_V4); err != nil || len(routes) != 0 {
@@ -114,7 +119,7 @@ func TestCard(t *testing.T) {
 		t.Errorf("prepared: %+v with %v, want it up and silent", link.Attrs(), addrs)
 	}
 	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
-	err = network(t.Context(), prepared, &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+	err = cards.configure(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
 		Name: "eth0", Mac: mac.String(), CardMac: from, Mtu: 1400, Addresses: []string{"10.1.2.3/24"},
 	}}})
 	if err != nil {
@@ -149,13 +154,13 @@ func card(t *testing.T) (netlink.Link, []netlink.Addr) {
 }
 
 func TestNetworkFails(t *testing.T) {
-	inNetwork(t)
+	cards := inNetwork(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
 	defer cancel()
 	request := func(i *agent.Interface) *agent.NetworkRequest {
 		return &agent.NetworkRequest{Interfaces: []*agent.Interface{i}}
 	}
-	err := network(ctx, nil, request(&agent.Interface{Name: "eth0", Mac: "02:00:00:00:00:07"}))
+	err := cards.configure(ctx, request(&agent.Interface{Name: "eth0", Mac: "02:00:00:00:00:07"}))
 	if !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "eth0 (02:00:00:00:00:07)") {
 		t.Errorf("no card: %v", err)
 	}
@@ -171,7 +176,7 @@ func TestNetworkFails(t *testing.T) {
 		if i.Mac == "" {
 			i.Name, i.Mac = "eth0", mac.String()
 		}
-		if err := network(t.Context(), nil, request(i)); !errdefs.IsInvalidArgument(err) {
+		if err := cards.configure(t.Context(), request(i)); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

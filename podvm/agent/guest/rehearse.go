@@ -30,10 +30,8 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) (err err
 	if err := a.rehearseSetup(ctx); err != nil {
 		return err
 	}
-	if card := a.preparedCard(); card != nil {
-		if err := rehearseCard(ctx, card); err != nil {
-			return err
-		}
+	if err := a.cards.rehearse(ctx); err != nil {
+		return err
 	}
 	spec, err := decodeSpec(req.Spec)
 	if err != nil {
