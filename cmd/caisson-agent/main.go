@@ -36,7 +36,7 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a, err := guest.New(guest.Options{Version: version})
+	a, err := guest.New(guest.Options{Version: version, Template: boot.LeaveBalloon})
 	if err != nil {
 		return err
 	}

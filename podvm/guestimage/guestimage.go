@@ -30,6 +30,9 @@ const Cmdline = "quiet loglevel=3 panic=-1" +
 	" noreplace-smp" +
 	// No huge page is zeroed, and paid for, for a few bytes.
 	" transparent_hugepage=madvise" +
+	// What is looked up is spread over these tables at random, and each page of them that a clone touches is
+	// its own: no larger ones than for some ten thousand files in use. More make longer chains.
+	" dhash_entries=16384 ihash_entries=8192" +
 	// Pods mount, unmount and leave namespaces: don't wait for grace periods.
 	" rcupdate.rcu_expedited=1" +
 	// No timers in an idle guest that watch clocks and CPUs.

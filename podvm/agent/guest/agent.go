@@ -30,6 +30,8 @@ type Options struct {
 	Root string
 	// Crun is the container runtime's program; "" is crun on the PATH.
 	Crun string
+	// Template, where set, is called when the guest is to become a template.
+	Template func() error
 	// NoCgroups runs containers without cgroups of their own, for tests where there are none.
 	NoCgroups bool
 }

@@ -171,6 +171,11 @@ func (a *Agent) doPrepare(ctx context.Context, req *agent.PrepareRequest) error 
 	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
 		return err
 	}
+	if a.o.Template != nil {
+		if err := a.o.Template(); err != nil {
+			return err
+		}
+	}
 	// A pod that has no use for them has them for nothing, as a clone does not touch them.
 	if _, err := a.pid.path(ctx); err != nil {
 		return err

@@ -197,7 +197,9 @@ func (g *Guest) handle(e event) {
 		if err := write(filepath.Join("/sys", e["DEVPATH"], "online"), "1"); err != nil {
 			slog.Error("use a vCPU", "device", e["DEVPATH"], "err", err)
 		}
-	case subsystem == "cpu" || subsystem == "memory":
+	case subsystem == "cpu":
+		procs()
+	case subsystem == "memory":
 		g.grown()
 	case subsystem == "virtio-ports":
 		g.notePort()
@@ -210,6 +212,9 @@ func (g *Guest) handle(e event) {
 func (g *Guest) grown() {
 	procs()
 	if err := scale(); err != nil {
+		slog.Error("adapt to the memory", "err", err)
+	}
+	if err := takeBalloon(); err != nil {
 		slog.Error("adapt to the memory", "err", err)
 	}
 }
