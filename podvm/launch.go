@@ -163,6 +163,7 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 	}
 	if err == nil {
 		o.Templates.Worked(c.Template)
+		b.m.pool.want() // it may be a new template, which is to be taught
 		return nil
 	}
 	err = b.explain(err)

@@ -36,6 +36,8 @@ type node struct {
 	// templates, if set before start, and starts are options.
 	templates Templates
 	starts    Observer
+	// learner, if set before start, is the driver.
+	learner *learner
 	*Manager
 
 	mu     sync.Mutex
@@ -69,9 +71,13 @@ func (n *node) start() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
+	driver := vmm.Driver(n.driver)
+	if n.learner != nil {
+		driver = n.learner
+	}
 	m, err := New(Options{
 		Root: root, State: filepath.Join(n.dir, "run"),
-		Driver: n.driver, Drivers: map[string]vmm.Driver{n.driver.Name(): n.driver},
+		Driver: driver, Drivers: map[string]vmm.Driver{driver.Name(): driver},
 		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images, Shares: n.shares,
 		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4<<30 + 5<<20}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
 	})

@@ -8,11 +8,15 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
 // pool keeps a few clones warm, for pods to come: each has its network namespace and its tap, runs, and
 // has rehearsed a container, so that most of what it will need of its template's memory it has. Which
 // pod it becomes is not known before. A start that finds none makes its own clone.
+//
+// The first of them, which is made also where none are kept, teaches the template what its clones write.
 //
 // Until then it is a pod that is being started: a daemon that dies leaves it to Recover.
 type pool struct {
@@ -23,6 +27,8 @@ type pool struct {
 	work   sync.WaitGroup
 	wanted chan struct{} // holds a value when one may be missing
 	quiet  time.Duration // for so long nothing else was to be done before one is made
+	// unteachable is a template that did not learn; it belongs to the work.
+	unteachable string
 
 	mu    sync.Mutex
 	ready []*birth
@@ -44,7 +50,7 @@ func newPool(m *Manager, size int) *pool {
 
 // start fills the pool, now and whenever one is taken.
 func (p *pool) start() {
-	if p.size == 0 {
+	if p.size == 0 && p.learner() == nil {
 		return
 	}
 	p.want()
@@ -131,9 +137,40 @@ func (p *pool) idle() time.Duration {
 	return time.Since(p.since)
 }
 
+// learner is the driver, where clones can teach the template that all pods are made of; else nil.
+func (p *pool) learner() vmm.Learner {
+	if p.m.o.Templates == nil || p.m.o.Scope == "namespace" {
+		return nil
+	}
+	l, _ := p.m.o.Driver.(vmm.Learner)
+	return l
+}
+
+// untaught tells whether a clone has still to teach the template. It waits for the template.
+func (p *pool) untaught() bool {
+	l := p.learner()
+	if l == nil {
+		return false
+	}
+	template, err := p.m.o.Templates.Template(p.ctx, "")
+	return err == nil && template != p.unteachable && !l.Learned(template)
+}
+
+// teach has a clone that has rehearsed a container teach its template.
+func (p *pool) teach(b *birth) {
+	l := p.learner()
+	if l == nil || b.config.Template == p.unteachable || l.Learned(b.config.Template) {
+		return
+	}
+	if err := l.Learn(b.machine()); err != nil {
+		slog.Warn("a template does not learn what its clones write: they start more slowly", "err", err)
+		p.unteachable = b.config.Template
+	}
+}
+
 // fill makes what is missing.
 func (p *pool) fill() {
-	for p.count() < p.size {
+	for p.count() < p.size || p.untaught() {
 		for wait := p.quiet - p.idle(); wait > 0; wait = p.quiet - p.idle() {
 			if !p.sleep(wait) {
 				return
@@ -150,7 +187,12 @@ func (p *pool) fill() {
 			}
 			continue
 		}
-		p.keep(b)
+		p.teach(b)
+		if p.count() < p.size {
+			p.keep(b)
+		} else if err := b.discard(); err != nil {
+			slog.Warn("take back a clone that has taught its template: the next start of the daemon tries again", "pod", b.id, "err", err)
+		}
 	}
 }
 

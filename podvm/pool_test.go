@@ -1,12 +1,15 @@
 package podvm
 
 import (
+	"fmt"
 	"maps"
 	"os"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/caisson-vm/caisson/podvm/vmm"
 	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
@@ -181,5 +184,57 @@ func TestNotWarm(t *testing.T) {
 	}
 	for id := range n.agents {
 		n.isGone(id)
+	}
+}
+
+// learner is a driver whose clones teach their template, or fail to.
+type learner struct {
+	*vmmtest.Fake
+	fails bool
+	asked atomic.Int32
+	mu    sync.Mutex
+	knows map[string]bool
+}
+
+func (l *learner) Learn(v vmm.VM) error {
+	l.asked.Add(1)
+	if l.fails {
+		return errInjected
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.knows[v.(*vmmtest.FakeVM).Config().Template] = true
+	return nil
+}
+
+func (l *learner) Learned(template string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.knows[template]
+}
+
+// TestTeach: one clone that has rehearsed a container teaches the template, and is taken back where none is
+// kept warm. A template that does not learn is not asked to again.
+func TestTeach(t *testing.T) {
+	for _, warm := range []int{0, 1} {
+		for _, fails := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%d warm, fails %v", warm, fails), func(t *testing.T) {
+				n, template, _ := cloningNode(t)
+				l := &learner{Fake: n.driver, fails: fails, knows: map[string]bool{}}
+				n.learner, n.warm = l, warm
+				n.restart(nil)
+				n.until("the template is taught", func() bool { return l.Learned(template.dir) || fails && l.asked.Load() > 0 })
+				n.until("the clone is kept or taken back", func() bool { return n.WarmClones() == warm && len(n.driver.VMs()) == warm })
+				n.pod(podConfig("a")).Stop(t.Context())
+				n.until("as many are warm as before", func() bool { return n.WarmClones() == warm })
+				n.pod(podConfig("b"))
+				if err := n.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if asked := l.asked.Load(); asked != 1 {
+					t.Errorf("%d clones were to teach it", asked)
+				}
+			})
+		}
 	}
 }

@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/caisson-vm/caisson/e2e/harness"
 )
@@ -32,17 +34,34 @@ func checked() int {
 		return fail(err)
 	}
 	code := run()
-	after, err := harness.Look()
+	left, err := leftSince(before)
 	if err != nil {
 		return fail(err)
 	}
-	for _, line := range after.Since(before) {
-		if strings.HasSuffix(line, harness.NotWaitedFor) {
-			continue // its parent was the program, and now it is whoever waits for orphans
-		}
+	for _, line := range left {
 		code = max(code, fail(errors.New("left behind: "+line)))
 	}
 	return code
+}
+
+// endLimit is how long what ends because the program has ended may take for it: a process whose pipe from
+// the program is closed by now.
+const endLimit = 5 * time.Second
+
+// leftSince is what is there and was not before, also after a while.
+func leftSince(before harness.Snapshot) ([]string, error) {
+	for end := time.Now().Add(endLimit); ; time.Sleep(20 * time.Millisecond) {
+		now, err := harness.Look()
+		if err != nil {
+			return nil, err
+		}
+		left := slices.DeleteFunc(now.Since(before), func(line string) bool {
+			return strings.HasSuffix(line, harness.NotWaitedFor) // its parent was the program, and now it is whoever waits for orphans
+		})
+		if len(left) == 0 || time.Now().After(end) {
+			return left, nil
+		}
+	}
 }
 
 func run() int {

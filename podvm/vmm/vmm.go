@@ -59,6 +59,16 @@ type Snapshotter interface {
 	Snapshot(ctx context.Context, dir string) error
 }
 
+// Learner is what a driver may be able to do besides: have its clones begin with copies of the pages of
+// their template's memory that they are going to write to, which takes less time than page by page.
+type Learner interface {
+	// Learn notes in the template of this clone which pages it has written to by now, for clones that are
+	// launched later.
+	Learn(v VM) error
+	// Learned tells whether that was done for a template.
+	Learned(template string) bool
+}
+
 // VM is one running virtual machine. Its methods may be called concurrently. All return an error
 // that wraps ErrGone once the VMM has ended; none blocks past its context.
 type VM interface {

@@ -100,7 +100,6 @@ type netConfig struct {
 // Source: vmm/src/config.rs of Cloud Hypervisor.
 type restoreConfig struct {
 	SourceURL string   `json:"source_url"`
-	Resume    bool     `json:"resume"`
 	NetFDs    []netFDs `json:"net_fds,omitempty"`
 }
 

@@ -74,14 +74,19 @@ func (v *vm) boot(ctx context.Context) error {
 	return v.api.put(ctx, "vm.boot", nil, nil)
 }
 
-// restore runs the clone whose folder this is.
-func (v *vm) restore(ctx context.Context, dir string) error {
-	request := restoreConfig{SourceURL: "file://" + dir, Resume: true}
+// restore makes the clone whose folder this is, and lets it run.
+func (v *vm) restore(ctx context.Context, dir string) (err error) {
+	request := restoreConfig{SourceURL: "file://" + dir}
 	if v.Config.Tap == nil {
-		return v.api.put(ctx, "vm.restore", request, nil)
+		err = v.api.put(ctx, "vm.restore", request, nil)
+	} else {
+		request.NetFDs = []netFDs{{cardID, 1}}
+		err = v.api.putFile(ctx, "vm.restore", request, v.Config.Tap)
 	}
-	request.NetFDs = []netFDs{{cardID, 1}}
-	return v.api.putFile(ctx, "vm.restore", request, v.Config.Tap)
+	if err != nil {
+		return err
+	}
+	return v.resume(ctx)
 }
 
 // makeMemoryFile makes the sparse file that a template's memory is in.

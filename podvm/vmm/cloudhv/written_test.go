@@ -1,0 +1,165 @@
+package cloudhv
+
+import (
+	"bytes"
+	"crypto/rand"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/caisson-vm/caisson/podvm/vmm/machine"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// mapTemplate makes a template's memory file of some pages, of which this process, in a VMM's stead, has a
+// private mapping.
+func mapTemplate(t *testing.T, pages int) (dir string, content, mapped []byte) {
+	t.Helper()
+	dir, content = t.TempDir(), make([]byte, pages*pageSize)
+	rand.Read(content)
+	path := filepath.Join(dir, "memory")
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	mapped, err = unix.Mmap(int(f.Fd()), 0, len(content), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Munmap(mapped) })
+	return dir, content, mapped
+}
+
+func owned(t *testing.T, dir string) []run {
+	t.Helper()
+	m, err := openMemory(os.Getpid(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	runs, err := m.own()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return runs
+}
+
+// TestLearn: what one clone has written, and no more, the next one has copies of, with the template's
+// content; what it has written itself stays.
+func TestLearn(t *testing.T) {
+	dir, content, first := mapTemplate(t, 64)
+	var sum byte
+	for page := range 32 { // reading makes no copy
+		sum += first[page*pageSize]
+	}
+	for _, page := range []int{3, 4, 20, 63} {
+		first[page*pageSize+7] ^= sum | 1
+	}
+	d := &Driver{}
+	if d.Learned(dir) {
+		t.Error("the template knows before it was taught")
+	}
+	if err := learn(os.Getpid(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if !d.Learned(dir) {
+		t.Error("the template does not know")
+	}
+	unix.Munmap(first)
+	f, err := os.Open(filepath.Join(dir, "memory"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	second, err := unix.Mmap(int(f.Fd()), 0, len(content), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(second)
+	second[4*pageSize] ^= 1
+	if err := copyWritten(os.Getpid(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := owned(t, dir), []run{{3, 2}, {20, 1}, {63, 1}}; !slices.Equal(got, want) {
+		t.Errorf("the clone has %v for its own, want %v", got, want)
+	}
+	content[4*pageSize] ^= 1
+	if !bytes.Equal(second, content) {
+		t.Error("its memory is not the template's and what it has written")
+	}
+}
+
+// TestLearnTooMuch: a clone that has written a lot, or nothing, teaches nothing.
+func TestLearnTooMuch(t *testing.T) {
+	dir, content, mapped := mapTemplate(t, writtenMax+1)
+	d := &Driver{}
+	if err := learn(os.Getpid(), dir); !errdefs.IsOutOfRange(err) {
+		t.Errorf("nothing: got %v", err)
+	}
+	for page := range len(content) / pageSize {
+		mapped[page*pageSize]++
+	}
+	if err := learn(os.Getpid(), dir); !errdefs.IsOutOfRange(err) || d.Learned(dir) {
+		t.Errorf("too much: got %v", err)
+	}
+	if err := d.Learn(&vm{VM: &machine.VM{}}); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("no clone: got %v", err)
+	}
+}
+
+// TestWrittenDamaged: nothing is written to a clone of a template whose list is not one.
+func TestWrittenDamaged(t *testing.T) {
+	dir, content, mapped := mapTemplate(t, 8)
+	for name, list := range map[string]string{
+		"no JSON": "{", "before": "[[-1,1]]", "after": "[[8,1]]", "beyond": "[[7,2]]", "none": "[[2,0]]", "negative": "[[2,-1]]",
+		"overflow": "[[9223372036854775807,2]]", "huge": "[[0,9223372036854775807]]",
+	} {
+		if err := os.WriteFile(writtenPath(dir), []byte(list), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := copyWritten(os.Getpid(), dir); err == nil {
+			t.Errorf("%s was taken", name)
+		}
+	}
+	if own := owned(t, dir); own != nil || !bytes.Equal(mapped, content) {
+		t.Errorf("the clone has %v for its own", own)
+	}
+	os.Remove(writtenPath(dir))
+	if err := copyWritten(os.Getpid(), dir); err != nil {
+		t.Errorf("a template that was not taught: %v", err)
+	}
+	unix.Munmap(mapped)
+	if _, err := openMemory(os.Getpid(), dir); err == nil {
+		t.Error("a process that has not mapped the memory was taken for a VMM")
+	}
+}
+
+func TestParseMapping(t *testing.T) {
+	const file = "fe:01 77"
+	for line, want := range map[string]mapping{
+		"7f5d00000000-7f5d20000000 rw-p 00000000 fe:01 77                         /var/lib/x y/memory": {0x7f5d00000000, 0x7f5d20000000, 0},
+		"7f5d20000000-7f5d20200000 rw-p 20000000 fe:01 77 /memory (deleted)":                           {0x7f5d20000000, 0x7f5d20200000, 0x20000000},
+		"7f5d00000000-7f5d20000000 rw-s 00000000 fe:01 77 /memory":                                     {},
+		"7f5d00000000-7f5d20000000 r--p 00000000 fe:01 77 /memory":                                     {},
+		"7f5d00000000-7f5d20000000 rw-p 00000000 fe:01 78 /memory":                                     {},
+		"7f5d00000000-7f5d20000000 rw-p 00000000 00:00 0 ":                                             {},
+		"": {},
+	} {
+		if got, ok := parseMapping(line, file); ok != (want != mapping{}) || ok && got != want {
+			t.Errorf("%q: %+v, %v", line, got, ok)
+		}
+	}
+	if _, ok := (&memory{maps: []mapping{{0, math.MaxInt64, 0}}}).address(run{1, 1}); !ok {
+		t.Error("a page in the mapping was not found")
+	}
+	if _, ok := (&memory{maps: []mapping{{pageSize, 3 * pageSize, 4 * pageSize}}}).address(run{5, 2}); ok {
+		t.Error("a run that ends beyond the mapping was found")
+	}
+}
