@@ -67,6 +67,11 @@ func BenchmarkPods(b *testing.B) {
 		})
 		d.Pull(images.Busybox)
 		d.RunPod().Remove() // its template is there now
+		if _, learns := driverOf(b, d).(vmm.Learner); learns && kind.template == "node" {
+			if err := d.AwaitTaught(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+		}
 		e := measure.Endpoint{Name: kind.name, Address: "unix://" + d.Config.Listen}
 		if kind.template != "pod" {
 			e.Against = "boot"

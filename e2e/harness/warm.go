@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"time"
 )
@@ -26,6 +27,22 @@ func (d *Daemon) AwaitWarm(ctx context.Context, n int) error {
 		case <-time.After(100 * time.Millisecond): // nobody tells
 		case <-ctx.Done():
 			return fmt.Errorf("wait for warm clones: %w", ctx.Err())
+		}
+	}
+}
+
+// AwaitTaught waits until the daemon's template knows what its clones write.
+func (d *Daemon) AwaitTaught(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	for {
+		if found, err := filepath.Glob(filepath.Join(d.Config.Root, "templates", "*", "written.json")); len(found) > 0 || err != nil {
+			return err
+		}
+		select {
+		case <-time.After(100 * time.Millisecond): // nobody tells
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the template to be taught: %w", ctx.Err())
 		}
 	}
 }
