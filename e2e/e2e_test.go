@@ -36,6 +36,7 @@ func TestPods(t *testing.T) {
 		{"HostDirectoryRefused", testHostDirectoryRefused},
 		{"Resources", testResources},
 		{"Size", testSize},
+		{"FreedMemory", testFreedMemory},
 		{"Stats", testStats},
 		{"Idempotence", testIdempotence},
 		{"Filters", testFilters},

@@ -12,6 +12,8 @@ import (
 
 	"github.com/caisson-vm/caisson/e2e/harness"
 	"github.com/caisson-vm/caisson/e2e/images"
+	"github.com/caisson-vm/caisson/e2e/measure"
+	"github.com/caisson-vm/caisson/podvm/vmm/cloudhv"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -237,6 +239,43 @@ func testSize(t *testing.T, d *harness.Daemon) {
 	harness.Eventually(t, "memory is given back", func() error {
 		if mib, _ := size(); mib >= 896 {
 			return fmt.Errorf("the guest has %d MiB", mib)
+		}
+		return nil
+	})
+}
+
+// testFreedMemory: what a clone has plugged in, used and freed the node has back, while the pod keeps its
+// size.
+func testFreedMemory(t *testing.T, d *harness.Daemon) {
+	if harness.Driver() != cloudhv.Name {
+		t.Skipf("clones of %s have no balloon", harness.Driver())
+	}
+	pod := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 30}
+		c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{Privileged: true}
+	})
+	c := pod.Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
+		c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{Privileged: true}
+	})
+	used := func() float64 {
+		t.Helper()
+		w, err := measure.Weigh(pod.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return w.PSS / (1 << 20)
+	}
+	before := used()
+	c.Exec("sh", "-c", "mount -t tmpfs -o size=800m none /mnt && dd if=/dev/zero of=/mnt/file bs=1M count=700 2>/dev/null")
+	full := used()
+	if full < before+600 {
+		t.Fatalf("the VM takes %.0f MiB with a file of 700, and %.0f without", full, before)
+	}
+	c.Exec("rm", "/mnt/file")
+	harness.Eventually(t, "the node has memory back", func() error {
+		// What is in the template's file is not given back: at most what a VM starts with.
+		if now := used(); now > full-300 {
+			return fmt.Errorf("the VM takes %.0f MiB, and took %.0f", now, full)
 		}
 		return nil
 	})

@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -355,5 +356,91 @@ func receive[T any](t *testing.T, c <-chan T) T {
 	case <-time.After(5 * time.Second):
 		t.Fatal("nothing came within 5 s")
 		panic("unreachable")
+	}
+}
+
+// frames reads what arrives at a link, until the function says that it has seen enough.
+func frames(t *testing.T, link string, send func(), enough func(frame []byte) bool) {
+	t.Helper()
+	const all = unix.ETH_P_ALL<<8&0xff00 | unix.ETH_P_ALL>>8 // in the network's byte order
+	i, err := net.InterfaceByName(link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	err = errors.Join(unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: i.Index}),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	send()
+	for buf := make([]byte, 2000); ; {
+		size, _, err := unix.Recvfrom(fd, buf, 0)
+		if err != nil {
+			t.Fatal("no more frames: ", err)
+		}
+		if enough(buf[:size]) {
+			return
+		}
+	}
+}
+
+// TestTemplatesCardIsNotAnnounced: what a VMM sends by RARP for a clone, with the address of the template's
+// card, does not leave the pod, and other frames do.
+func TestTemplatesCardIsNotAnnounced(t *testing.T) {
+	n := newBridgeNode(t)
+	a := n.setup(t, n.pod(1))
+	defer n.teardown(t, n.pod(1).ID)
+	g := newGuest(t, n, a)
+	const rarp, experimental = 0x8035, 0x88b5
+	frame := func(from net.HardwareAddr, kind uint16) []byte {
+		f := append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, from...)
+		return append(binary.BigEndian.AppendUint16(f, kind), make([]byte, 46)...)
+	}
+	send := func() {
+		if err := errors.Join(g.send(frame(net.HardwareAddr{2, 0, 0, 0, 0, 1}, rarp)), g.send(frame(g.mac, experimental))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	frames(t, n.bridge, send, func(frame []byte) bool {
+		kind := binary.BigEndian.Uint16(frame[12:])
+		if kind == rarp {
+			t.Error("the bridge has got it")
+		}
+		return kind == experimental
+	})
+}
+
+// TestNamespaceIsSilent: the stack in a pod's namespace has the addresses that the plugins gave it, and none
+// of its own to tell others of.
+func TestNamespaceIsSilent(t *testing.T) {
+	n := newBridgeNode(t)
+	a := n.setup(t, n.pod(1))
+	defer n.teardown(t, n.pod(1).ID)
+	err := inNetNS(a.NetNS, func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
+		if err != nil {
+			return err
+		}
+		for _, addr := range addrs {
+			if addr.IP.IsLinkLocalUnicast() {
+				t.Errorf("it has %s", addr.IP)
+			}
+		}
+		if len(addrs) != 1 {
+			t.Errorf("it has the addresses %v, want the one of the plugins", addrs)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }

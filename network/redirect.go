@@ -13,22 +13,23 @@ import (
 // built without one or the other.
 var filters = []struct {
 	kind string
-	make func(netlink.FilterAttrs, netlink.Action) netlink.Filter
+	make func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter
 }{
-	{"u32", func(a netlink.FilterAttrs, do netlink.Action) netlink.Filter {
-		return &netlink.U32{FilterAttrs: a, Actions: []netlink.Action{do}}
+	{"u32", func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter {
+		return &netlink.U32{FilterAttrs: a, Actions: do}
 	}},
-	{"matchall", func(a netlink.FilterAttrs, do netlink.Action) netlink.Filter {
-		return &netlink.MatchAll{FilterAttrs: a, Actions: []netlink.Action{do}}
+	{"matchall", func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter {
+		return &netlink.MatchAll{FilterAttrs: a, Actions: do}
 	}},
-	{"flower", func(a netlink.FilterAttrs, do netlink.Action) netlink.Filter {
-		return &netlink.Flower{FilterAttrs: a, Actions: []netlink.Action{do}}
+	{"flower", func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter {
+		return &netlink.Flower{FilterAttrs: a, Actions: do}
 	}},
 }
 
-// redirect sends every frame that arrives at from out of to.
+// redirect sends every frame that arrives at from out of to, but for those of the protocols in but: the
+// namespace's stack gets them, which has no use for them.
 // Source: tc-mirred(8).
-func (n *CNI) redirect(h *netlink.Handle, from, to netlink.Link) error {
+func (n *CNI) redirect(h *netlink.Handle, from, to netlink.Link, but ...uint16) error {
 	err := h.QdiscAdd(&netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{
 		LinkIndex: from.Attrs().Index,
 		Handle:    netlink.MakeHandle(0xffff, 0),
@@ -40,17 +41,27 @@ func (n *CNI) redirect(h *netlink.Handle, from, to netlink.Link) error {
 	if err != nil {
 		return fmt.Errorf("ingress qdisc: %w", err)
 	}
+	for i, protocol := range but {
+		if err := n.filter(h, from, i+1, protocol); err != nil {
+			return err
+		}
+	}
+	return n.filter(h, from, len(but)+1, unix.ETH_P_ALL, netlink.NewMirredAction(to.Attrs().Index))
+}
+
+// filter has something, or nothing, done with all frames of a protocol that arrive at from.
+func (n *CNI) filter(h *netlink.Handle, from netlink.Link, priority int, protocol uint16, do ...netlink.Action) error {
 	attrs := netlink.FilterAttrs{
 		LinkIndex: from.Attrs().Index,
 		Parent:    netlink.MakeHandle(0xffff, 0),
-		Priority:  1,
-		Protocol:  unix.ETH_P_ALL,
+		Priority:  uint16(priority),
+		Protocol:  protocol,
 	}
 	first := int(n.kind.Load())
+	var err error
 	for i := range filters {
 		kind := (first + i) % len(filters)
-		f := filters[kind].make(attrs, netlink.NewMirredAction(to.Attrs().Index))
-		if err = h.FilterAdd(f); err == nil {
+		if err = h.FilterAdd(filters[kind].make(attrs, do...)); err == nil {
 			n.kind.Store(int32(kind))
 			return nil
 		}

@@ -111,10 +111,13 @@ func (n *CNI) join(h *netlink.Handle, name string, link netlink.Link) error {
 	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
 		return fmt.Errorf("mtu %d of %s: %w", link.Attrs().MTU, name, err)
 	}
-	for _, way := range [][2]netlink.Link{{link, tap}, {tap, link}} {
-		if err := n.redirect(h, way[0], way[1]); err != nil {
-			return fmt.Errorf("redirect %s to %s: %w", way[0].Attrs().Name, way[1].Attrs().Name, err)
-		}
+	if err := n.redirect(h, link, tap); err != nil {
+		return fmt.Errorf("redirect %s to %s: %w", link.Attrs().Name, name, err)
+	}
+	// VMMs announce a clone's card by RARP, several times, and by the address that it had in the template:
+	// the same for all pods, of whose guests each would be woken.
+	if err := n.redirect(h, tap, link, unix.ETH_P_RARP); err != nil {
+		return fmt.Errorf("redirect %s to %s: %w", name, link.Attrs().Name, err)
 	}
 	return nil
 }

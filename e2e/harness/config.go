@@ -9,8 +9,11 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// driverVar names the driver that is to be tested.
-const driverVar = "CAISSON_E2E_DRIVER"
+// driverVar names the driver that is to be tested, and templateVar a vm.template other than the usual one.
+const (
+	driverVar   = "CAISSON_E2E_DRIVER"
+	templateVar = "CAISSON_E2E_TEMPLATE"
+)
 
 // Config is what a daemon under test is configured with. Its keys are the daemon's; what a test
 // leaves alone gets a value inside the scratch folder.
@@ -54,6 +57,7 @@ func newConfig(t testing.TB, dir string) Config {
 	c.Driver = Driver()
 	c.Guest = Guest()
 	c.VM.DAX = true
+	c.VM.Template = os.Getenv(templateVar)
 	c.CNI.ConfDir = filepath.Join(dir, "cni")
 	c.CNI.BinDirs = []string{"/opt/cni/bin", "/usr/lib/cni"}
 	c.Log.Level = "debug"

@@ -139,7 +139,7 @@ func (s *subject) density(ctx context.Context, n int) (err error) {
 		if err == nil {
 			err = p.start(ctx, false)
 		}
-		if err != nil && p.ready(ctx) {
+		if err != nil && !p.lost(ctx) {
 			return fmt.Errorf("container of idle pod %d: %w", i+1, err)
 		}
 	}
@@ -151,10 +151,18 @@ func (s *subject) density(ctx context.Context, n int) (err error) {
 	return nil
 }
 
-// ready tells whether the pod is there, so that it is not to blame for what failed in it.
-func (p *pod) ready(ctx context.Context) bool {
-	status, err := p.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.id})
-	return err != nil || status.GetStatus().GetState() == cri.PodSandboxState_SANDBOX_READY
+// lostLimit is how long a runtime may take to see that a pod is lost.
+const lostLimit = 5 * time.Second
+
+// lost tells whether the pod is to blame for what failed in it, because it is not there any more.
+func (p *pod) lost(ctx context.Context) bool {
+	for end := time.Now().Add(lostLimit); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		status, err := p.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.id})
+		if err == nil && status.GetStatus().GetState() != cri.PodSandboxState_SANDBOX_READY {
+			return true
+		}
+	}
+	return false
 }
 
 // weighAll returns the pods that are there, the mean of their PSS, and the largest.

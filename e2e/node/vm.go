@@ -39,7 +39,7 @@ func (n *node) up(ctx context.Context) error {
 	}
 	n.warnOfOld(ctx)
 	qemu := exec.Command(n.qemu,
-		"-accel", "tcg,thread=multi,tb-size=1024", "-cpu", cpu, "-smp", strconv.Itoa(n.cpus), "-m", strconv.Itoa(n.memory), "-M", "q35",
+		"-accel", "tcg,thread=multi,tb-size=2047", "-cpu", cpu, "-smp", strconv.Itoa(n.cpus), "-m", strconv.Itoa(n.memory), "-M", "q35",
 		"-display", "none", "-monitor", "none", "-no-reboot", "-serial", "file:"+n.path("console.log"), "-pidfile", n.path("pid"),
 		"-kernel", n.path("vmlinuz"), "-initrd", n.path("initrd"),
 		"-append", "console=ttyS0 root=/dev/vda rw mitigations=off nokaslr audit=0 panic=1 softlockup_panic=1 watchdog_thresh=60 systemd.show_status=0 systemd.unified_cgroup_hierarchy=1",
