@@ -414,33 +414,3 @@ func TestTemplatesCardIsNotAnnounced(t *testing.T) {
 		return kind == experimental
 	})
 }
-
-// TestNamespaceIsSilent: the stack in a pod's namespace has the addresses that the plugins gave it, and none
-// of its own to tell others of.
-func TestNamespaceIsSilent(t *testing.T) {
-	n := newBridgeNode(t)
-	a := n.setup(t, n.pod(1))
-	defer n.teardown(t, n.pod(1).ID)
-	err := inNetNS(a.NetNS, func() error {
-		link, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
-		if err != nil {
-			return err
-		}
-		for _, addr := range addrs {
-			if addr.IP.IsLinkLocalUnicast() {
-				t.Errorf("it has %s", addr.IP)
-			}
-		}
-		if len(addrs) != 1 {
-			t.Errorf("it has the addresses %v, want the one of the plugins", addrs)
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-}

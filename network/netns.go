@@ -40,18 +40,13 @@ func createNetNS(path string, fill func(*netlink.Handle) error) error {
 	return nil
 }
 
-// noAddress has an interface give itself no link-local address.
-// Source: IN6_ADDR_GEN_MODE_NONE of Linux, enum in6_addr_gen_mode.
-const noAddress = "1"
-
 // prepareNetNS sets up the namespace that the thread is in. The stack in it never speaks for the
-// pod, the guest does, so it neither asks for routers nor probes for duplicate addresses nor gives
-// itself some, of which it would tell others; without the probe an IPv6 address is valid at once
-// instead of after a second or two.
+// pod, the guest does, so it neither asks for routers nor probes for duplicate addresses; without
+// the probe an IPv6 address is valid at once instead of after a second or two.
 func prepareNetNS(fill func(*netlink.Handle) error) error {
 	for _, s := range []struct{ name, value string }{
 		{"accept_ra", "0"}, {"autoconf", "0"}, {"router_solicitations", "0"},
-		{"accept_dad", "0"}, {"dad_transmits", "0"}, {"addr_gen_mode", noAddress},
+		{"accept_dad", "0"}, {"dad_transmits", "0"},
 	} {
 		if err := ipv6Sysctl("default", s.name, s.value); err != nil {
 			return err

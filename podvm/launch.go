@@ -163,7 +163,7 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 	}
 	if err == nil {
 		o.Templates.Worked(c.Template)
-		b.m.pool.want() // it may be a new template, which is to be taught
+		b.m.pool.want() // the template may be new, and is to be taught then
 		return nil
 	}
 	err = b.explain(err)

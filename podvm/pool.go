@@ -16,7 +16,7 @@ import (
 // has rehearsed a container, so that most of what it will need of its template's memory it has. Which
 // pod it becomes is not known before. A start that finds none makes its own clone.
 //
-// The first of them, which is made also where none are kept, teaches the template what its clones write.
+// The first of them, which is made also where none are kept, teaches the node's template what its clones write.
 //
 // Until then it is a pod that is being started: a daemon that dies leaves it to Recover.
 type pool struct {
@@ -27,8 +27,8 @@ type pool struct {
 	work   sync.WaitGroup
 	wanted chan struct{} // holds a value when one may be missing
 	quiet  time.Duration // for so long nothing else was to be done before one is made
-	// unteachable is a template that did not learn; it belongs to the work.
-	unteachable string
+	// lessons counts attempts in a row to teach a template, which failed; it belongs to the work.
+	lessons int
 
 	mu    sync.Mutex
 	ready []*birth
@@ -146,26 +146,32 @@ func (p *pool) learner() vmm.Learner {
 	return l
 }
 
+// lessonsMax is how many attempts to teach a template may fail in a row: then its clones are as slow as they
+// are without.
+const lessonsMax = 3
+
 // untaught tells whether a clone has still to teach the template. It waits for the template.
 func (p *pool) untaught() bool {
 	l := p.learner()
-	if l == nil {
+	if l == nil || p.lessons >= lessonsMax {
 		return false
 	}
 	template, err := p.m.o.Templates.Template(p.ctx, "")
-	return err == nil && template != p.unteachable && !l.Learned(template)
+	return err == nil && !l.Learned(template)
 }
 
 // teach has a clone that has rehearsed a container teach its template.
 func (p *pool) teach(b *birth) {
 	l := p.learner()
-	if l == nil || b.config.Template == p.unteachable || l.Learned(b.config.Template) {
+	if l == nil || p.lessons >= lessonsMax || l.Learned(b.config.Template) {
 		return
 	}
 	if err := l.Learn(b.machine()); err != nil {
-		slog.Warn("a template does not learn what its clones write: they start more slowly", "err", err)
-		p.unteachable = b.config.Template
+		p.lessons++
+		slog.Warn("the template does not learn what its clones write: they start more slowly", "attempt", p.lessons, "of", lessonsMax, "err", err)
+		return
 	}
+	p.lessons = 0
 }
 
 // fill makes what is missing.
@@ -181,7 +187,10 @@ func (p *pool) fill() {
 			if p.ctx.Err() != nil {
 				return
 			}
-			slog.Warn("no clone is kept warm: the next attempt is in "+poolRetry.String(), "err", err)
+			if p.size == 0 {
+				p.lessons++
+			}
+			slog.Warn("no clone can be made ahead: the next attempt is in "+poolRetry.String(), "err", err)
 			if !p.sleep(poolRetry) {
 				return
 			}
@@ -191,7 +200,7 @@ func (p *pool) fill() {
 		if p.count() < p.size {
 			p.keep(b)
 		} else if err := b.discard(); err != nil {
-			slog.Warn("take back a clone that has taught its template: the next start of the daemon tries again", "pod", b.id, "err", err)
+			slog.Warn("take back the clone that was to teach its template: the next start of the daemon tries again", "pod", b.id, "err", err)
 		}
 	}
 }

@@ -214,7 +214,7 @@ func (l *learner) Learned(template string) bool {
 }
 
 // TestTeach: one clone that has rehearsed a container teaches the template, and is taken back where none is
-// kept warm. A template that does not learn is not asked to again.
+// kept warm. A template that does not learn is given up soon.
 func TestTeach(t *testing.T) {
 	for _, warm := range []int{0, 1} {
 		for _, fails := range []bool{false, true} {
@@ -231,7 +231,7 @@ func TestTeach(t *testing.T) {
 				if err := n.Close(); err != nil {
 					t.Fatal(err)
 				}
-				if asked := l.asked.Load(); asked != 1 {
+				if asked := l.asked.Load(); asked != 1 && !fails || asked > lessonsMax {
 					t.Errorf("%d clones were to teach it", asked)
 				}
 			})

@@ -16,15 +16,23 @@ import (
 )
 
 // cards configures the guest's network cards, over a socket to the kernel that a clone has from its template.
+// It is done before anything of the pod runs, which could write to that socket.
 type cards struct {
 	*netlink.Handle
 	// prepared is the card that every pod has, where it was prepared; nil where not.
 	prepared netlink.Link
 }
 
+// cardAnswer is how long the kernel may take to answer.
+const cardAnswer = deviceWait
+
 func newCards() (*cards, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
+		return nil, fmt.Errorf("talk to the kernel about network cards: %w", err)
+	}
+	if err := h.SetSocketTimeout(cardAnswer); err != nil {
+		h.Close()
 		return nil, fmt.Errorf("talk to the kernel about network cards: %w", err)
 	}
 	return &cards{Handle: h}, nil

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path"
 	"path/filepath"
@@ -173,7 +174,7 @@ func (a *Agent) doPrepare(ctx context.Context, req *agent.PrepareRequest) error 
 	}
 	if a.o.Template != nil {
 		if err := a.o.Template(); err != nil {
-			return err
+			slog.Error("get ready to be a template: clones will be slower", "err", err)
 		}
 	}
 	// A pod that has no use for them has them for nothing, as a clone does not touch them.
@@ -253,7 +254,8 @@ func (a *Agent) sizeShm(size int64) error {
 
 // scratchOptions leave ext4 nothing to do in the background, some seconds after the mount: a clone would do
 // it again, and have the memory for its own. The disk's file is sparse, so that its inode tables need not be
-// cleared; and the bitmaps of its block groups, three pages each, are read where a pod writes.
+// cleared; and the bitmaps of its block groups, three pages each, are read where a pod writes. Linux before
+// 5.13 does not know the last one, nor do what it is against.
 const scratchOptions = "discard,noinit_itable,no_prefetch_block_bitmaps"
 
 // mountScratch mounts the disk for writable layers and emptyDirs, and returns where.
@@ -268,7 +270,11 @@ func (a *Agent) mountScratch(ctx context.Context, addr string) (string, error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return "", err
 	}
-	if err := unix.Mount(dev, dir, "ext4", 0, scratchOptions); err != nil {
+	err = unix.Mount(dev, dir, "ext4", 0, scratchOptions)
+	if errors.Is(err, unix.EINVAL) {
+		err = unix.Mount(dev, dir, "ext4", 0, scratchOptions[:strings.LastIndexByte(scratchOptions, ',')])
+	}
+	if err != nil {
 		return "", fmt.Errorf("mount the scratch disk %s (%s): %w", addr, dev, err)
 	}
 	for _, sub := range []string{"layers", "volumes"} {

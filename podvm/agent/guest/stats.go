@@ -42,7 +42,7 @@ func (a *Agent) stats(ctx context.Context) (*agent.StatsResponse, error) {
 		resp.Volumes = append(resp.Volumes, &agent.VolumeStats{Name: v.name, Bytes: bytes, Inodes: inodes})
 	}
 	var err error
-	resp.Network, err = a.cards.stats()
+	resp.Network, err = netStats()
 	return resp, err
 }
 
@@ -140,8 +140,8 @@ func memory() (total, available uint64) {
 	return total, available
 }
 
-func (c *cards) stats() ([]*agent.NetStats, error) {
-	links, err := c.LinkList()
+func netStats() ([]*agent.NetStats, error) {
+	links, err := netlink.LinkList()
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("network counters: %w", err)
 	}

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"sync"
 
 	"github.com/containerd/errdefs"
 
@@ -43,6 +44,7 @@ type Driver struct {
 	version string
 	broken  error // why no VM can be launched
 	watcher *watcher
+	slow    sync.Once // clones without copies of what they write were told of
 }
 
 // New looks the binary up (in PATH, when it is a name) and checks its version. The error is

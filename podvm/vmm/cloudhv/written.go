@@ -35,6 +35,19 @@ const pageSize = 4096
 
 func writtenPath(template string) string { return filepath.Join(template, "written.json") }
 
+// written is what a template knows of its clones. Memory says of which file, because a template that is made
+// anew has the same name.
+type written struct {
+	Memory fileIdentity `json:"memory"`
+	Runs   []run        `json:"runs"`
+}
+
+// fileIdentity is a file's number and when it was last written to, in ns.
+type fileIdentity struct {
+	Inode    uint64 `json:"inode"`
+	Modified int64  `json:"modified"`
+}
+
 // Learn implements vmm.Learner.
 func (d *Driver) Learn(v vmm.VM) error {
 	c, ok := v.(*vm)
@@ -49,11 +62,14 @@ func (d *Driver) Learn(v vmm.VM) error {
 
 // learn notes what the clone whose VMM this process is has written to.
 func learn(pid int, template string) error {
-	m, err := openMemory(pid, template)
+	m, err := openMemory(template)
 	if err != nil {
 		return err
 	}
 	defer m.Close()
+	if err := m.find(pid); err != nil {
+		return err
+	}
 	runs, err := m.own()
 	if err != nil {
 		return err
@@ -61,7 +77,7 @@ func learn(pid int, template string) error {
 	if n := count(runs); n == 0 || n > writtenMax {
 		return fmt.Errorf("this one has %d pages of its own, want 1 to %d: %w", n, writtenMax, errdefs.ErrOutOfRange)
 	}
-	data, err := json.Marshal(runs)
+	data, err := json.Marshal(written{m.identity, runs})
 	if err != nil {
 		return err
 	}
@@ -72,39 +88,40 @@ func learn(pid int, template string) error {
 	return nil
 }
 
-// Learned implements vmm.Learner.
+// Learned implements vmm.Learner. A list that is damaged, or another template's, is none.
 func (d *Driver) Learned(template string) bool {
-	_, err := os.Stat(writtenPath(template))
-	return err == nil
+	m, err := openMemory(template)
+	if err != nil {
+		return false
+	}
+	defer m.Close()
+	runs, err := m.known(template)
+	return err == nil && runs != nil
 }
 
 // resume lets a clone that was restored run, once it has copies of what it is known to write. Without them
 // it is slower.
 func (v *vm) resume(ctx context.Context) error {
 	if err := copyWritten(v.Info().PID, v.Config.Template); err != nil {
-		slog.Warn("a clone begins without copies of the pages that it will write: it starts more slowly", "pod", v.Config.ID, "err", err)
+		v.driver.slow.Do(func() {
+			slog.Warn("clones begin without copies of the pages that they will write, and start more slowly; this is said once", "pod", v.Config.ID, "err", err)
+		})
 	}
 	return v.api.put(ctx, "vm.resume", nil, nil)
 }
 
 // copyWritten gives a clone, which does not run yet, its own copies of what its template knows.
 func copyWritten(pid int, template string) error {
-	data, err := os.ReadFile(writtenPath(template))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	var runs []run
-	if err := json.Unmarshal(data, &runs); err != nil {
-		return fmt.Errorf("%s: %w", writtenPath(template), err)
-	}
-	m, err := openMemory(pid, template)
+	m, err := openMemory(template)
 	if err != nil {
 		return err
 	}
 	defer m.Close()
-	if err := m.check(runs); err != nil {
+	runs, err := m.known(template)
+	if err != nil || runs == nil {
+		return err
+	}
+	if err := m.find(pid); err != nil {
 		return err
 	}
 	own, err := m.own() // what its devices have written already is not the template's any more
@@ -114,69 +131,99 @@ func copyWritten(pid int, template string) error {
 	return m.copy(without(runs, own))
 }
 
-// memory is a clone's memory as its VMM has it mapped.
+// memory is a template's memory, and where the VMM of a clone has it mapped.
 type memory struct {
-	pid  int
-	file *os.File // the template's
-	size int64
-	maps []mapping
+	file     *os.File
+	size     int64
+	identity fileIdentity
+	pid      int
+	maps     []mapping
 }
 
 // mapping is a part of the template's file in the VMM's address space.
 type mapping struct{ begin, end, offset int64 }
 
-// openMemory finds where the VMM of a clone has its template's memory.
-func openMemory(pid int, template string) (*memory, error) {
+func openMemory(template string) (*memory, error) {
 	f, err := os.Open(filepath.Join(template, "memory"))
 	if err != nil {
 		return nil, err
 	}
-	m := &memory{pid: pid, file: f}
-	if err := m.find(); err != nil {
-		return nil, errors.Join(err, f.Close())
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", f.Name(), err), f.Close())
 	}
-	return m, nil
+	return &memory{file: f, size: st.Size, identity: fileIdentity{st.Ino, st.Mtim.Nano()}}, nil
 }
 
 func (m *memory) Close() error { return m.file.Close() }
 
-func (m *memory) find() error {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(m.file.Fd()), &st); err != nil {
+// known is what the template knows; nil where it was not taught.
+func (m *memory) known(template string) ([]run, error) {
+	data, err := os.ReadFile(writtenPath(template))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	var w written
+	if err := json.Unmarshal(data, &w); err != nil {
+		return nil, fmt.Errorf("%s: %w", writtenPath(template), err)
+	}
+	if w.Memory != m.identity {
+		return nil, nil
+	}
+	return w.Runs, m.check(w.Runs)
+}
+
+// find finds where the VMM has mapped the memory.
+func (m *memory) find(pid int) error {
+	m.pid = pid
+	file, err := m.file.Stat()
+	if err != nil {
 		return err
 	}
-	m.size = st.Size
-	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", m.pid))
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
 	if err != nil {
 		return err
 	}
 	defer maps.Close()
-	file := fmt.Sprintf("%02x:%02x %d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
-	for lines := bufio.NewScanner(maps); lines.Scan(); {
-		if a, ok := parseMapping(lines.Text(), file); ok {
+	lines := bufio.NewScanner(maps)
+	for lines.Scan() {
+		a, inode := parseMapping(lines.Text())
+		if inode != m.identity.Inode {
+			continue
+		}
+		// Some file systems give stat(2) another device than this list.
+		mapped, err := os.Stat(fmt.Sprintf("/proc/%d/map_files/%x-%x", pid, a.begin, a.end))
+		if err == nil && os.SameFile(mapped, file) {
 			m.maps = append(m.maps, a)
 		}
 	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("%s: %w", maps.Name(), err)
+	}
 	if len(m.maps) == 0 {
-		return fmt.Errorf("process %d has not mapped %s copy-on-write", m.pid, m.file.Name())
+		return fmt.Errorf("process %d has not mapped %s copy-on-write", pid, m.file.Name())
 	}
 	return nil
 }
 
-// parseMapping reads a line of /proc/PID/maps, if it is a private mapping of the file to be written to:
-// "begin-end rw-p offset major:minor inode path".
+// parseMapping reads a line of /proc/PID/maps, if it is a private mapping of a file to be written to:
+// "begin-end rw-p offset major:minor inode path". Else the inode is 0.
 // Source: proc_pid_maps(5).
-func parseMapping(line, file string) (a mapping, ok bool) {
+func parseMapping(line string) (a mapping, inode uint64) {
 	var mode, device string
-	var inode int64
 	n, _ := fmt.Sscanf(line, "%x-%x %s %x %s %d", &a.begin, &a.end, &mode, &a.offset, &device, &inode)
-	return a, n == 6 && strings.HasPrefix(mode, "rw") && strings.HasSuffix(mode, "p") && fmt.Sprint(device, " ", inode) == file
+	if n != 6 || !strings.HasPrefix(mode, "rw") || !strings.HasSuffix(mode, "p") {
+		return mapping{}, 0
+	}
+	return a, inode
 }
 
 // own lists the pages that are the clone's own. It may run meanwhile.
 // Source: Documentation/admin-guide/mm/pagemap.rst of Linux.
 func (m *memory) own() (runs []run, err error) {
-	const present, ofFile = 1 << 63, 1 << 61
+	const present, swapped, ofFile = 1 << 63, 1 << 62, 1 << 61
 	f, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", m.pid))
 	if err != nil {
 		return nil, err
@@ -184,11 +231,11 @@ func (m *memory) own() (runs []run, err error) {
 	defer f.Close()
 	for _, a := range m.maps {
 		entries := make([]byte, (a.end-a.begin)/pageSize*8)
-		if _, err := f.ReadAt(entries, a.begin/pageSize*8); err != nil && !errors.Is(err, io.EOF) {
-			return nil, err
+		if _, err := f.ReadAt(entries, a.begin/pageSize*8); err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Name(), err)
 		}
 		for n := range int64(len(entries) / 8) {
-			if e := binary.NativeEndian.Uint64(entries[n*8:]); e&present != 0 && e&ofFile == 0 {
+			if e := binary.NativeEndian.Uint64(entries[n*8:]); e&(present|swapped) != 0 && e&ofFile == 0 {
 				runs = add(runs, a.offset/pageSize+n)
 			}
 		}
@@ -243,15 +290,18 @@ func (m *memory) copy(runs []run) error {
 	var from []unix.Iovec
 	var to []unix.RemoteIovec
 	for i, r := range runs {
-		address, ok := m.address(r)
-		if !ok {
-			return fmt.Errorf("process %d has not mapped the pages %d to %d of %s: %w", m.pid, r[0], r[0]+r[1]-1, m.file.Name(), errdefs.ErrOutOfRange)
+		for r[1] > 0 {
+			address, pages := m.address(r)
+			if pages == 0 {
+				return fmt.Errorf("process %d has not mapped page %d of %s: %w", m.pid, r[0], m.file.Name(), errdefs.ErrOutOfRange)
+			}
+			size := int(pages * pageSize)
+			v := unix.Iovec{Base: &data[r[0]*pageSize]}
+			v.SetLen(size)
+			from, to = append(from, v), append(to, unix.RemoteIovec{Base: uintptr(address), Len: size})
+			r[0], r[1] = r[0]+pages, r[1]-pages
 		}
-		size := int(r[1] * pageSize)
-		v := unix.Iovec{Base: &data[r[0]*pageSize]}
-		v.SetLen(size)
-		from, to = append(from, v), append(to, unix.RemoteIovec{Base: uintptr(address), Len: size})
-		if len(to) == batch || i == len(runs)-1 {
+		if len(to) >= batch || i == len(runs)-1 {
 			if err := m.write(from, to); err != nil {
 				return err
 			}
@@ -289,12 +339,12 @@ func (m *memory) check(runs []run) error {
 	return nil
 }
 
-// address is where a run is in the VMM, if all of it is in one mapping.
-func (m *memory) address(r run) (int64, bool) {
+// address is where a run begins in the VMM, and how many of its pages are there in one piece.
+func (m *memory) address(r run) (address, pages int64) {
 	for _, a := range m.maps {
-		if at := a.begin + r[0]*pageSize - a.offset; at >= a.begin && at+r[1]*pageSize <= a.end {
-			return at, true
+		if at := a.begin + r[0]*pageSize - a.offset; at >= a.begin && at < a.end {
+			return at, min(r[1], (a.end-at)/pageSize)
 		}
 	}
-	return 0, false
+	return 0, 0
 }

@@ -3,7 +3,7 @@ package cloudhv
 import (
 	"bytes"
 	"crypto/rand"
-	"math"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,11 +39,14 @@ func mapTemplate(t *testing.T, pages int) (dir string, content, mapped []byte) {
 
 func owned(t *testing.T, dir string) []run {
 	t.Helper()
-	m, err := openMemory(os.Getpid(), dir)
+	m, err := openMemory(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer m.Close()
+	if err := m.find(os.Getpid()); err != nil {
+		t.Fatal(err)
+	}
 	runs, err := m.own()
 	if err != nil {
 		t.Fatal(err)
@@ -117,16 +120,32 @@ func TestLearnTooMuch(t *testing.T) {
 // TestWrittenDamaged: nothing is written to a clone of a template whose list is not one.
 func TestWrittenDamaged(t *testing.T) {
 	dir, content, mapped := mapTemplate(t, 8)
+	m, err := openMemory(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	memory, err := json.Marshal(m.identity)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &Driver{}
 	for name, list := range map[string]string{
-		"no JSON": "{", "before": "[[-1,1]]", "after": "[[8,1]]", "beyond": "[[7,2]]", "none": "[[2,0]]", "negative": "[[2,-1]]",
-		"overflow": "[[9223372036854775807,2]]", "huge": "[[0,9223372036854775807]]",
+		"before": "[[-1,1]]", "after": "[[8,1]]", "beyond": "[[7,2]]", "none": "[[2,0]]", "negative": "[[2,-1]]",
+		"overflow": "[[9223372036854775807,2]]", "huge": "[[0,9223372036854775807]]", "no JSON": "[",
 	} {
-		if err := os.WriteFile(writtenPath(dir), []byte(list), 0o600); err != nil {
+		if err := os.WriteFile(writtenPath(dir), []byte(`{"memory":`+string(memory)+`,"runs":`+list+`}`), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := copyWritten(os.Getpid(), dir); err == nil {
-			t.Errorf("%s was taken", name)
+		if err := copyWritten(os.Getpid(), dir); err == nil || d.Learned(dir) {
+			t.Errorf("%s was taken: %v", name, err)
 		}
+	}
+	if err := os.WriteFile(writtenPath(dir), []byte(`{"memory":{"inode":1,"modified":2},"runs":[[2,1]]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := copyWritten(os.Getpid(), dir); err != nil || d.Learned(dir) {
+		t.Errorf("the list of a template of the same name was taken: %v", err)
 	}
 	if own := owned(t, dir); own != nil || !bytes.Equal(mapped, content) {
 		t.Errorf("the clone has %v for its own", own)
@@ -136,30 +155,36 @@ func TestWrittenDamaged(t *testing.T) {
 		t.Errorf("a template that was not taught: %v", err)
 	}
 	unix.Munmap(mapped)
-	if _, err := openMemory(os.Getpid(), dir); err == nil {
+	if err := m.find(os.Getpid()); err == nil {
 		t.Error("a process that has not mapped the memory was taken for a VMM")
 	}
 }
 
 func TestParseMapping(t *testing.T) {
-	const file = "fe:01 77"
 	for line, want := range map[string]mapping{
 		"7f5d00000000-7f5d20000000 rw-p 00000000 fe:01 77                         /var/lib/x y/memory": {0x7f5d00000000, 0x7f5d20000000, 0},
 		"7f5d20000000-7f5d20200000 rw-p 20000000 fe:01 77 /memory (deleted)":                           {0x7f5d20000000, 0x7f5d20200000, 0x20000000},
 		"7f5d00000000-7f5d20000000 rw-s 00000000 fe:01 77 /memory":                                     {},
 		"7f5d00000000-7f5d20000000 r--p 00000000 fe:01 77 /memory":                                     {},
-		"7f5d00000000-7f5d20000000 rw-p 00000000 fe:01 78 /memory":                                     {},
-		"7f5d00000000-7f5d20000000 rw-p 00000000 00:00 0 ":                                             {},
-		"": {},
+		"7f5d00000000-7f5d20000000 r--p":                                                               {},
+		"":                                                                                             {},
 	} {
-		if got, ok := parseMapping(line, file); ok != (want != mapping{}) || ok && got != want {
-			t.Errorf("%q: %+v, %v", line, got, ok)
+		got, inode := parseMapping(line)
+		if (inode == 77) != (want != mapping{}) || got != want {
+			t.Errorf("%q: %+v, inode %d", line, got, inode)
 		}
 	}
-	if _, ok := (&memory{maps: []mapping{{0, math.MaxInt64, 0}}}).address(run{1, 1}); !ok {
-		t.Error("a page in the mapping was not found")
-	}
-	if _, ok := (&memory{maps: []mapping{{pageSize, 3 * pageSize, 4 * pageSize}}}).address(run{5, 2}); ok {
-		t.Error("a run that ends beyond the mapping was found")
+}
+
+// TestRunOverMappings: pages that follow one another in the file need not in the VMM.
+func TestRunOverMappings(t *testing.T) {
+	m := &memory{maps: []mapping{{pageSize, 3 * pageSize, 4 * pageSize}, {9 * pageSize, 10 * pageSize, 6 * pageSize}}}
+	for _, c := range []struct {
+		r              run
+		address, pages int64
+	}{{run{4, 1}, pageSize, 1}, {run{5, 2}, 2 * pageSize, 1}, {run{6, 1}, 9 * pageSize, 1}, {run{7, 1}, 0, 0}, {run{3, 1}, 0, 0}} {
+		if address, pages := m.address(c.r); address != c.address || pages != c.pages {
+			t.Errorf("%v is at %d, %d pages; want %d, %d", c.r, address, pages, c.address, c.pages)
+		}
 	}
 }
