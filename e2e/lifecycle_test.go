@@ -219,17 +219,25 @@ func testSize(t *testing.T, d *harness.Daemon) {
 		})
 		return err
 	}
-	// The guest's own kernel and its tables have some of it.
-	if mib, _ := size(); mib < 640 || mib > 640+64 {
+	// The guest's own kernel and its tables have some of it; and there is more of it where it is plugged in
+	// by larger blocks.
+	more := 64
+	if harness.Driver() == cloudhv.Name {
+		more += 128
+	}
+	if mib, _ := size(); mib < 640 || mib > 640+more {
 		t.Errorf("a pod that may use 640 MiB has %d", mib)
 	}
 	wanted := int64(min(2, runtime.NumCPU()))
 	if err := update(896<<20, wanted); err != nil {
 		t.Fatal(err)
 	}
-	if mib, cpus := size(); mib < 896 || mib > 896+64 || cpus != int(wanted) {
-		t.Errorf("a pod that may use 896 MiB and %d CPUs has %d and %d", wanted, mib, cpus)
-	}
+	harness.Eventually(t, "what was added is in use", func() error {
+		if mib, cpus := size(); mib < 896 || mib > 896+more || cpus != int(wanted) {
+			return fmt.Errorf("a pod that may use 896 MiB and %d CPUs has %d and %d", wanted, mib, cpus)
+		}
+		return nil
+	})
 	if err := update(1<<60, wanted); status.Code(err) != codes.OutOfRange {
 		t.Errorf("more than the node has: %v", err)
 	}
@@ -266,12 +274,12 @@ func testFreedMemory(t *testing.T, d *harness.Daemon) {
 		return w.PSS / (1 << 20)
 	}
 	before := used()
-	c.Exec("sh", "-c", "mount -t tmpfs -o size=800m none /mnt && dd if=/dev/zero of=/mnt/file bs=1M count=700 2>/dev/null")
+	c.Exec("sh", "-c", "mkdir /big && mount -t tmpfs -o size=800m none /big && dd if=/dev/zero of=/big/file bs=1M count=700 2>/dev/null")
 	full := used()
 	if full < before+600 {
 		t.Fatalf("the VM takes %.0f MiB with a file of 700, and %.0f without", full, before)
 	}
-	c.Exec("rm", "/mnt/file")
+	c.Exec("rm", "/big/file")
 	harness.Eventually(t, "the node has memory back", func() error {
 		// What is in the template's file is not given back: at most what a VM starts with.
 		if now := used(); now > full-300 {

@@ -2,6 +2,7 @@ package boot
 
 import (
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,7 +31,15 @@ func LeaveBalloon() error {
 }
 
 // takeBalloon gives the balloon its driver back.
-func takeBalloon() error {
+func (g *Guest) takeBalloon() {
+	g.balloon.Lock()
+	defer g.balloon.Unlock()
+	if err := bindBalloon(); err != nil {
+		slog.Error("free memory does not go back to the host", "err", err)
+	}
+}
+
+func bindBalloon() error {
 	ids, err := filepath.Glob("/sys/bus/virtio/devices/*/device")
 	if err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,6 +25,8 @@ type Guest struct {
 	loaded map[string]bool
 	// ports gets a value when a virtio-serial port appears.
 	ports chan struct{}
+	// balloon is held by who binds its driver.
+	balloon sync.Mutex
 }
 
 // devices gets the drivers for the devices there are and waits for more.
@@ -214,9 +217,7 @@ func (g *Guest) grown() {
 	if err := scale(); err != nil {
 		slog.Error("adapt to the memory", "err", err)
 	}
-	if err := takeBalloon(); err != nil {
-		slog.Error("adapt to the memory", "err", err)
-	}
+	go g.takeBalloon() // which takes a while; a vCPU may be waiting
 }
 
 // plugged loads the driver of a device that was plugged in.
