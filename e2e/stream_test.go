@@ -177,6 +177,16 @@ func testNetwork(t *testing.T, d *harness.Daemon) {
 	// The VM's interface is the veth's: its address, its hardware address, its MTU.
 	has(t, shell.Exec("ip", "addr", "show", "eth0"), network.Ip+"/24", "mtu 1500")
 	has(t, shell.Exec("ip", "route"), "default via 10.213.")
+	// Kernel parameters hold for the cards, and for all addresses that CNI gives.
+	quiet := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.Sysctls = map[string]string{"net.ipv6.conf.all.disable_ipv6": "1", "net.ipv4.conf.eth0.arp_ignore": "2"}
+	}).Run(images.Busybox, sleeper)
+	if out := quiet.Exec("ip", "-6", "addr", "show", "eth0"); out != "" {
+		t.Errorf("a pod without IPv6 has %q", out)
+	}
+	if out := quiet.Exec("cat", "/proc/sys/net/ipv4/conf/eth0/arp_ignore"); out != "2\n" {
+		t.Errorf("arp_ignore is %q", out)
+	}
 }
 
 func testHostPort(t *testing.T, d *harness.Daemon) {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -359,8 +360,8 @@ func receive[T any](t *testing.T, c <-chan T) T {
 	}
 }
 
-// frames reads what arrives at a link, until the function says that it has seen enough.
-func frames(t *testing.T, link string, send func(), enough func(frame []byte) bool) {
+// captureFrames reads what arrives at a link, until the function says that it has seen enough.
+func captureFrames(t *testing.T, link string, send func(), enough func(frame []byte) bool) {
 	t.Helper()
 	const all = unix.ETH_P_ALL<<8&0xff00 | unix.ETH_P_ALL>>8 // in the network's byte order
 	i, err := net.InterfaceByName(link)
@@ -406,11 +407,89 @@ func TestTemplatesCardIsNotAnnounced(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	frames(t, n.bridge, send, func(frame []byte) bool {
+	captureFrames(t, n.bridge, send, func(frame []byte) bool {
 		kind := binary.BigEndian.Uint16(frame[12:])
 		if kind == rarp {
 			t.Error("the bridge has got it")
 		}
 		return kind == experimental
 	})
+}
+
+// TestMembershipsStayOutside: the guest is not woken by who joins a multicast group, whichever classifier the
+// kernel has, and gets other frames to groups.
+func TestMembershipsStayOutside(t *testing.T) {
+	for first, c := range classifiers {
+		t.Run(c.kind, func(t *testing.T) {
+			n := newBridgeNode(t)
+			n.kind.Store(int32(first))
+			a := n.setup(t, n.pod(1))
+			defer n.teardown(t, n.pod(1).ID)
+			tap := openTap(t, n, a)
+			defer tap.Close()
+			listeners, all := netip.MustParseAddr("ff02::16"), netip.MustParseAddr("ff02::1")
+			routers, last := netip.MustParseAddr("224.0.0.22"), netip.MustParseAddr("224.0.0.251")
+			for _, dst := range []netip.Addr{listeners, routers, all, last} {
+				flood(t, n.bridge, dst)
+			}
+			got := map[netip.Addr]bool{}
+			for buf := make([]byte, 2000); !got[last]; {
+				if err := tap.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+					t.Fatal(err)
+				}
+				size, err := tap.Read(buf)
+				if err != nil {
+					t.Fatalf("after frames to %v: %v", got, err)
+				}
+				got[destination(buf[vnetHeader:size])] = true
+			}
+			if got[listeners] || got[routers] || !got[all] {
+				t.Errorf("frames came to %v, want those to %s and %s, and none to %s and %s", got, all, last, listeners, routers)
+			}
+		})
+	}
+}
+
+// flood sends an IP packet to a group out of all ports of a bridge.
+func flood(t *testing.T, bridge string, dst netip.Addr) {
+	t.Helper()
+	i, err := net.InterfaceByName(bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	const payload, none = 46, 59 // bytes, and the protocol that means no more headers
+	addr := dst.AsSlice()
+	mac, kind := []byte{0x33, 0x33, 0, 0, 0, addr[len(addr)-1]}, []byte{0x86, 0xdd}
+	packet := make([]byte, 40)
+	packet[0], packet[5], packet[6], packet[7] = 6<<4, payload, none, 1
+	if dst.Is4() {
+		mac, kind = []byte{0x01, 0, 0x5e, 0, 0, addr[3]}, []byte{0x08, 0x00}
+		packet = make([]byte, 20)
+		packet[0], packet[3], packet[8], packet[9] = 4<<4|5, 20+payload, 1, none
+	}
+	copy(packet[len(packet)-len(addr):], addr)
+	if dst.Is4() {
+		setChecksum(packet, 10, 0)
+	}
+	frame := slices.Concat(mac, i.HardwareAddr, kind, packet, make([]byte, payload))
+	if err := unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: i.Index}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// destination is the IP address that a frame is for; the zero one for frames of other protocols.
+func destination(frame []byte) netip.Addr {
+	packet := frame[etherHeader:]
+	switch binary.BigEndian.Uint16(frame[12:]) {
+	case unix.ETH_P_IP:
+		return netip.AddrFrom4([4]byte(packet[16:20]))
+	case unix.ETH_P_IPV6:
+		return netip.AddrFrom16([16]byte(packet[24:40]))
+	}
+	return netip.Addr{}
 }

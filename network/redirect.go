@@ -1,35 +1,66 @@
 package network
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// filters are the classifiers that can take all frames, in the order they are tried: kernels are
-// built without one or the other.
-var filters = []struct {
+// frames are those of a protocol (ETH_P_...), to one address where dst is not nil.
+type frames struct {
+	protocol uint16
+	dst      net.IP
+}
+
+// classifiers pick frames, in the order they are tried: kernels are built without one or the other. Each
+// makes a filter, or nil if it can't pick these.
+var classifiers = []struct {
 	kind string
-	make func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter
+	make func(f frames, a netlink.FilterAttrs, do []netlink.Action) netlink.Filter
 }{
-	{"u32", func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter {
-		return &netlink.U32{FilterAttrs: a, Actions: do}
+	{"u32", func(f frames, a netlink.FilterAttrs, do []netlink.Action) netlink.Filter {
+		return &netlink.U32{FilterAttrs: a, Sel: f.words(), Actions: do}
 	}},
-	{"matchall", func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter {
+	{"matchall", func(f frames, a netlink.FilterAttrs, do []netlink.Action) netlink.Filter {
+		if f.dst != nil {
+			return nil
+		}
 		return &netlink.MatchAll{FilterAttrs: a, Actions: do}
 	}},
-	{"flower", func(a netlink.FilterAttrs, do ...netlink.Action) netlink.Filter {
-		return &netlink.Flower{FilterAttrs: a, Actions: do}
+	{"flower", func(f frames, a netlink.FilterAttrs, do []netlink.Action) netlink.Filter {
+		all := &netlink.Flower{FilterAttrs: a, Actions: do}
+		if f.dst != nil {
+			all.EthType, all.DestIP = f.protocol, f.dst
+		}
+		return all
 	}},
 }
 
-// redirect sends every frame that arrives at from out of to, but for those of the protocols in but: the
-// namespace's stack gets them, which has no use for them.
+// words is by what u32 picks frames: the words of the packet's destination; nil for all.
+func (f frames) words() *netlink.TcU32Sel {
+	if f.dst == nil {
+		return nil
+	}
+	dst, offset := f.dst.To4(), int32(16)
+	if dst == nil {
+		dst, offset = f.dst, 24
+	}
+	keys := make([]netlink.TcU32Key, len(dst)/4)
+	for i := range keys {
+		keys[i] = netlink.TcU32Key{Mask: ^uint32(0), Val: binary.BigEndian.Uint32(dst[4*i:]), Off: offset + int32(4*i)}
+	}
+	return &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: uint8(len(keys)), Keys: keys}
+}
+
+// redirect sends every frame that arrives at from out of to, but for those in but, as far as this kernel can
+// tell them: the namespace's stack gets them, which has no use for them.
 // Source: tc-mirred(8).
-func (n *CNI) redirect(h *netlink.Handle, from, to netlink.Link, but ...uint16) error {
+func (n *CNI) redirect(h *netlink.Handle, from, to netlink.Link, but ...frames) error {
 	err := h.QdiscAdd(&netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{
 		LinkIndex: from.Attrs().Index,
 		Handle:    netlink.MakeHandle(0xffff, 0),
@@ -41,32 +72,36 @@ func (n *CNI) redirect(h *netlink.Handle, from, to netlink.Link, but ...uint16) 
 	if err != nil {
 		return fmt.Errorf("ingress qdisc: %w", err)
 	}
-	for i, protocol := range but {
-		if err := n.filter(h, from, i+1, protocol); err != nil {
+	for i, f := range but {
+		if err := n.filter(h, from, i+1, f); err != nil && !errdefs.IsFailedPrecondition(err) {
 			return err
 		}
 	}
-	return n.filter(h, from, len(but)+1, unix.ETH_P_ALL, netlink.NewMirredAction(to.Attrs().Index))
+	return n.filter(h, from, len(but)+1, frames{protocol: unix.ETH_P_ALL}, netlink.NewMirredAction(to.Attrs().Index))
 }
 
-// filter has something, or nothing, done with all frames of a protocol that arrive at from.
-func (n *CNI) filter(h *netlink.Handle, from netlink.Link, priority int, protocol uint16, do ...netlink.Action) error {
+// filter has something, or nothing, done with frames that arrive at from.
+func (n *CNI) filter(h *netlink.Handle, from netlink.Link, priority int, f frames, do ...netlink.Action) error {
 	attrs := netlink.FilterAttrs{
 		LinkIndex: from.Attrs().Index,
 		Parent:    netlink.MakeHandle(0xffff, 0),
 		Priority:  uint16(priority),
-		Protocol:  protocol,
+		Protocol:  f.protocol,
 	}
 	first := int(n.kind.Load())
 	var err error
-	for i := range filters {
-		kind := (first + i) % len(filters)
-		if err = h.FilterAdd(filters[kind].make(attrs, do...)); err == nil {
+	for i := range classifiers {
+		kind := (first + i) % len(classifiers)
+		filter := classifiers[kind].make(f, attrs, do)
+		if filter == nil {
+			continue
+		}
+		if err = h.FilterAdd(filter); err == nil {
 			n.kind.Store(int32(kind))
 			return nil
 		}
 		if !absent(err) {
-			return fmt.Errorf("%s filter: %w", filters[kind].kind, err)
+			return fmt.Errorf("%s filter: %w", classifiers[kind].kind, err)
 		}
 	}
 	return fmt.Errorf("filter: %w; this kernel lacks u32, matchall and flower, or mirred: run \"modprobe -a cls_u32 act_mirred\": %w",

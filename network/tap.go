@@ -111,15 +111,23 @@ func (n *CNI) join(h *netlink.Handle, name string, link netlink.Link) error {
 	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
 		return fmt.Errorf("mtu %d of %s: %w", link.Attrs().MTU, name, err)
 	}
-	if err := n.redirect(h, link, tap); err != nil {
+	if err := n.redirect(h, link, tap, memberships...); err != nil {
 		return fmt.Errorf("redirect %s to %s: %w", link.Attrs().Name, name, err)
 	}
 	// VMMs announce a clone's card by RARP, several times, and by the address that it had in the template:
 	// the same for all pods, of whose guests each would be woken.
-	if err := n.redirect(h, tap, link, unix.ETH_P_RARP); err != nil {
+	if err := n.redirect(h, tap, link, frames{protocol: unix.ETH_P_RARP}); err != nil {
 		return fmt.Errorf("redirect %s to %s: %w", name, link.Attrs().Name, err)
 	}
 	return nil
+}
+
+// memberships are who says which multicast groups it has joined, by MLDv2 and IGMPv3: for routers and switches.
+// A bridge floods them, nine when a pod starts, and each would wake all guests. Like a switch that listens to
+// them, and does not pass them on to hosts (RFC 4541), the pod's interface keeps them from the guest.
+var memberships = []frames{
+	{unix.ETH_P_IPV6, net.ParseIP("ff02::16")},
+	{unix.ETH_P_IP, net.IPv4(224, 0, 0, 22)},
 }
 
 // silence keeps the namespace's stack from greeting the guest with its own neighbour discovery.

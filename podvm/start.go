@@ -28,15 +28,19 @@ type birth struct {
 	warm bool
 	// launched is closed when the VM takes devices.
 	launched chan struct{}
+	// connected is closed when the network, and the VM's cards for it, are there.
+	connected chan struct{}
 
 	// Each of these is set by one step and read by those that come after it.
 	config  vmm.Config
 	network *network.Attachment
 	kernel  string
+	// addressed says that the guest has been told of its network when it was set up.
+	addressed bool
 }
 
 func newBirth(p *Pod) *birth {
-	return &birth{Pod: p, stopwatch: stopwatch{began: time.Now()}, launched: make(chan struct{}), config: p.record.now().VM}
+	return &birth{Pod: p, stopwatch: stopwatch{began: time.Now()}, launched: make(chan struct{}), connected: make(chan struct{}), config: p.record.now().VM}
 }
 
 // startPod makes a pod: network and VM at the same time, then what needs both. What fails is undone.
@@ -80,8 +84,10 @@ func (b *birth) run(ctx context.Context, c PodConfig) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	if err := b.time("addresses", func() error { return b.address(ctx) }); err != nil {
-		return err
+	if !b.addressed {
+		if err := b.time("addresses", func() error { return b.address(ctx) }); err != nil {
+			return err
+		}
 	}
 	return b.becomeReady()
 }
@@ -157,15 +163,21 @@ func (b *birth) connect(ctx context.Context) error {
 		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config))
 		return err
 	})
-	if err != nil || len(b.network.Interfaces) < 2 {
+	if err != nil {
 		return err
 	}
-	select {
-	case <-b.launched:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if len(b.network.Interfaces) > 1 {
+		select {
+		case <-b.launched:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if err := b.time("nics", func() error { return b.addNICs(ctx) }); err != nil {
+			return err
+		}
 	}
-	return b.time("nics", func() error { return b.addNICs(ctx) })
+	close(b.connected)
+	return nil
 }
 
 func networkPod(id string, c PodConfig) network.Pod {
@@ -210,15 +222,22 @@ func (b *birth) identify(ctx context.Context, rpc agent.AgentClient) error {
 	entropy := make([]byte, 64)
 	rand.Read(entropy)
 	machine := sha256.Sum256([]byte("machine " + b.id))
-	r, err := rpc.Setup(ctx, &agent.SetupRequest{
-		PodId: b.id, Hostname: hostname(b.id, c), ClockNs: time.Now().UnixNano(), Entropy: entropy,
+	request := &agent.SetupRequest{
+		PodId: b.id, Hostname: hostname(b.id, c), Entropy: entropy,
 		MachineId: hex.EncodeToString(machine[:16]), Dns: &agent.DNS{Servers: dns.Servers, Searches: dns.Searches, Options: dns.Options},
-		Sysctls: c.Sysctls, ShmSize: c.ShmSize, ScratchAddr: scratchAddress(),
-	})
+		ShmSize: c.ShmSize, ScratchAddr: scratchAddress(),
+	}
+	select {
+	case <-b.connected:
+		request.Network = b.addresses()
+	default: // the plugins take longer: the guest need not wait for them
+	}
+	request.ClockNs = time.Now().UnixNano()
+	r, err := rpc.Setup(ctx, request)
 	if err != nil {
 		return fmt.Errorf("set up the guest: %w", err)
 	}
-	b.kernel = printable(r.Kernel)
+	b.kernel, b.addressed = printable(r.Kernel), request.Network != nil
 	return nil
 }
 
@@ -230,9 +249,9 @@ func hostname(id string, c PodConfig) string {
 	return id[:12]
 }
 
-// address has the guest configure its network cards.
-func (b *birth) address(ctx context.Context) error {
-	request := &agent.NetworkRequest{}
+// addresses are what the guest is to know of its network.
+func (b *birth) addresses() *agent.NetworkRequest {
+	request := &agent.NetworkRequest{Sysctls: b.record.now().Config.Sysctls}
 	for n, i := range b.network.Interfaces {
 		nic := &agent.Interface{Name: i.Name, Mac: i.MAC, Mtu: uint32(i.MTU), Addresses: i.Addresses}
 		if n == 0 {
@@ -248,11 +267,16 @@ func (b *birth) address(ctx context.Context) error {
 		}
 		request.Interfaces = append(request.Interfaces, nic)
 	}
+	return request
+}
+
+// address has the guest configure its network cards.
+func (b *birth) address(ctx context.Context) error {
 	rpc, err := b.client.RPC(ctx)
 	if err != nil {
 		return err
 	}
-	if _, err := rpc.Network(ctx, request); err != nil {
+	if _, err := rpc.Network(ctx, b.addresses()); err != nil {
 		return fmt.Errorf("configure the guest's network: %w", err)
 	}
 	return nil

@@ -169,13 +169,13 @@ type SetupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PodId         string                 `protobuf:"bytes,1,opt,name=pod_id,json=podId,proto3" json:"pod_id,omitempty"`
 	Hostname      string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	ClockNs       int64                  `protobuf:"varint,3,opt,name=clock_ns,json=clockNs,proto3" json:"clock_ns,omitempty"`      // wall clock, ns since 1970
-	Entropy       []byte                 `protobuf:"bytes,4,opt,name=entropy,proto3" json:"entropy,omitempty"`                      // credited to the kernel's pool, then the CRNG is reseeded
-	MachineId     string                 `protobuf:"bytes,5,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // 32 hex digits
-	Dns           *DNS                   `protobuf:"bytes,6,opt,name=dns,proto3" json:"dns,omitempty"`                              // what /etc/resolv.conf of the containers says
-	Sysctls       map[string]string      `protobuf:"bytes,7,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	ShmSize       int64                  `protobuf:"varint,8,opt,name=shm_size,json=shmSize,proto3" json:"shm_size,omitempty"`            // bytes of the pod's /dev/shm; 0: 64 MiB
-	ScratchAddr   string                 `protobuf:"bytes,9,opt,name=scratch_addr,json=scratchAddr,proto3" json:"scratch_addr,omitempty"` // disk of writable layers and emptyDirs (vmm.VM.AddDisk's address); "" = tmpfs
+	ClockNs       int64                  `protobuf:"varint,3,opt,name=clock_ns,json=clockNs,proto3" json:"clock_ns,omitempty"`            // wall clock, ns since 1970
+	Entropy       []byte                 `protobuf:"bytes,4,opt,name=entropy,proto3" json:"entropy,omitempty"`                            // credited to the kernel's pool, then the CRNG is reseeded
+	MachineId     string                 `protobuf:"bytes,5,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`       // 32 hex digits
+	Dns           *DNS                   `protobuf:"bytes,6,opt,name=dns,proto3" json:"dns,omitempty"`                                    // what /etc/resolv.conf of the containers says
+	ShmSize       int64                  `protobuf:"varint,7,opt,name=shm_size,json=shmSize,proto3" json:"shm_size,omitempty"`            // bytes of the pod's /dev/shm; 0: 64 MiB
+	ScratchAddr   string                 `protobuf:"bytes,8,opt,name=scratch_addr,json=scratchAddr,proto3" json:"scratch_addr,omitempty"` // disk of writable layers and emptyDirs (vmm.VM.AddDisk's address); "" = tmpfs
+	Network       *NetworkRequest        `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`                            // done as by Network, where it is known already
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -252,13 +252,6 @@ func (x *SetupRequest) GetDns() *DNS {
 	return nil
 }
 
-func (x *SetupRequest) GetSysctls() map[string]string {
-	if x != nil {
-		return x.Sysctls
-	}
-	return nil
-}
-
 func (x *SetupRequest) GetShmSize() int64 {
 	if x != nil {
 		return x.ShmSize
@@ -271,6 +264,13 @@ func (x *SetupRequest) GetScratchAddr() string {
 		return x.ScratchAddr
 	}
 	return ""
+}
+
+func (x *SetupRequest) GetNetwork() *NetworkRequest {
+	if x != nil {
+		return x.Network
+	}
+	return nil
 }
 
 type SetupResponse struct {
@@ -396,6 +396,7 @@ func (x *DNS) GetOptions() []string {
 type NetworkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Interfaces    []*Interface           `protobuf:"bytes,1,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	Sysctls       map[string]string      `protobuf:"bytes,2,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // of the pod: set at last, as they can be about its cards
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -433,6 +434,13 @@ func (*NetworkRequest) Descriptor() ([]byte, []int) {
 func (x *NetworkRequest) GetInterfaces() []*Interface {
 	if x != nil {
 		return x.Interfaces
+	}
+	return nil
+}
+
+func (x *NetworkRequest) GetSysctls() map[string]string {
+	if x != nil {
+		return x.Sysctls
 	}
 	return nil
 }
@@ -2652,7 +2660,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x05Empty\"N\n" +
 	"\x0ePrepareRequest\x12!\n" +
 	"\fscratch_addr\x18\x01 \x01(\tR\vscratchAddr\x12\x19\n" +
-	"\bcard_mac\x18\x02 \x01(\tR\acardMac\"\xff\x02\n" +
+	"\bcard_mac\x18\x02 \x01(\tR\acardMac\"\xb8\x02\n" +
 	"\fSetupRequest\x12\x15\n" +
 	"\x06pod_id\x18\x01 \x01(\tR\x05podId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x19\n" +
@@ -2660,13 +2668,10 @@ const file_agent_proto_rawDesc = "" +
 	"\aentropy\x18\x04 \x01(\fR\aentropy\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x05 \x01(\tR\tmachineId\x12'\n" +
-	"\x03dns\x18\x06 \x01(\v2\x15.caisson.agent.v1.DNSR\x03dns\x12E\n" +
-	"\asysctls\x18\a \x03(\v2+.caisson.agent.v1.SetupRequest.SysctlsEntryR\asysctls\x12\x19\n" +
-	"\bshm_size\x18\b \x01(\x03R\ashmSize\x12!\n" +
-	"\fscratch_addr\x18\t \x01(\tR\vscratchAddr\x1a:\n" +
-	"\fSysctlsEntry\x12\x10\n" +
-	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
+	"\x03dns\x18\x06 \x01(\v2\x15.caisson.agent.v1.DNSR\x03dns\x12\x19\n" +
+	"\bshm_size\x18\a \x01(\x03R\ashmSize\x12!\n" +
+	"\fscratch_addr\x18\b \x01(\tR\vscratchAddr\x12:\n" +
+	"\anetwork\x18\t \x01(\v2 .caisson.agent.v1.NetworkRequestR\anetwork\"V\n" +
 	"\rSetupResponse\x12\x16\n" +
 	"\x06kernel\x18\x01 \x01(\tR\x06kernel\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x17\n" +
@@ -2674,11 +2679,15 @@ const file_agent_proto_rawDesc = "" +
 	"\x03DNS\x12\x18\n" +
 	"\aservers\x18\x01 \x03(\tR\aservers\x12\x1a\n" +
 	"\bsearches\x18\x02 \x03(\tR\bsearches\x12\x18\n" +
-	"\aoptions\x18\x03 \x03(\tR\aoptions\"M\n" +
+	"\aoptions\x18\x03 \x03(\tR\aoptions\"\xd2\x01\n" +
 	"\x0eNetworkRequest\x12;\n" +
 	"\n" +
 	"interfaces\x18\x01 \x03(\v2\x1b.caisson.agent.v1.InterfaceR\n" +
-	"interfaces\"\xea\x01\n" +
+	"interfaces\x12G\n" +
+	"\asysctls\x18\x02 \x03(\v2-.caisson.agent.v1.NetworkRequest.SysctlsEntryR\asysctls\x1a:\n" +
+	"\fSysctlsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xea\x01\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -2930,67 +2939,68 @@ var file_agent_proto_goTypes = []any{
 	(*WatchRequest)(nil),   // 36: caisson.agent.v1.WatchRequest
 	(*ContainerState)(nil), // 37: caisson.agent.v1.ContainerState
 	(*WrittenFile)(nil),    // 38: caisson.agent.v1.WrittenFile
-	nil,                    // 39: caisson.agent.v1.SetupRequest.SysctlsEntry
+	nil,                    // 39: caisson.agent.v1.NetworkRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	5,  // 0: caisson.agent.v1.SetupRequest.dns:type_name -> caisson.agent.v1.DNS
-	39, // 1: caisson.agent.v1.SetupRequest.sysctls:type_name -> caisson.agent.v1.SetupRequest.SysctlsEntry
+	6,  // 1: caisson.agent.v1.SetupRequest.network:type_name -> caisson.agent.v1.NetworkRequest
 	7,  // 2: caisson.agent.v1.NetworkRequest.interfaces:type_name -> caisson.agent.v1.Interface
-	8,  // 3: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
-	9,  // 4: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
-	12, // 5: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
-	14, // 6: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
-	13, // 7: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
-	15, // 8: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
-	17, // 9: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
-	18, // 10: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
-	19, // 11: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
-	20, // 12: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
-	16, // 13: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
-	15, // 14: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
-	32, // 15: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
-	30, // 16: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
-	35, // 17: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
-	31, // 18: caisson.agent.v1.StatsResponse.volumes:type_name -> caisson.agent.v1.VolumeStats
-	32, // 19: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
-	33, // 20: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
-	33, // 21: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
-	33, // 22: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
-	34, // 23: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
-	34, // 24: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
-	0,  // 25: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
-	38, // 26: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
-	2,  // 27: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
-	10, // 28: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.CreateRequest
-	3,  // 29: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
-	6,  // 30: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
-	10, // 31: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
-	21, // 32: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
-	23, // 33: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
-	24, // 34: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
-	25, // 35: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
-	26, // 36: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
-	27, // 37: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
-	28, // 38: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
-	36, // 39: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
-	1,  // 40: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
-	1,  // 41: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
-	4,  // 42: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
-	1,  // 43: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
-	11, // 44: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
-	22, // 45: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
-	1,  // 46: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
-	1,  // 47: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
-	1,  // 48: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
-	1,  // 49: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
-	1,  // 50: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
-	29, // 51: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
-	37, // 52: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
-	40, // [40:53] is the sub-list for method output_type
-	27, // [27:40] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	39, // 3: caisson.agent.v1.NetworkRequest.sysctls:type_name -> caisson.agent.v1.NetworkRequest.SysctlsEntry
+	8,  // 4: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
+	9,  // 5: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
+	12, // 6: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
+	14, // 7: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
+	13, // 8: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
+	15, // 9: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
+	17, // 10: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
+	18, // 11: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
+	19, // 12: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
+	20, // 13: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
+	16, // 14: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
+	15, // 15: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
+	32, // 16: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
+	30, // 17: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
+	35, // 18: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
+	31, // 19: caisson.agent.v1.StatsResponse.volumes:type_name -> caisson.agent.v1.VolumeStats
+	32, // 20: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
+	33, // 21: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
+	33, // 22: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
+	33, // 23: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
+	34, // 24: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
+	34, // 25: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
+	0,  // 26: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
+	38, // 27: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
+	2,  // 28: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
+	10, // 29: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.CreateRequest
+	3,  // 30: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
+	6,  // 31: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
+	10, // 32: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
+	21, // 33: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
+	23, // 34: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
+	24, // 35: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
+	25, // 36: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
+	26, // 37: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
+	27, // 38: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
+	28, // 39: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
+	36, // 40: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
+	1,  // 41: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
+	1,  // 42: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
+	4,  // 43: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
+	1,  // 44: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
+	11, // 45: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
+	22, // 46: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
+	1,  // 47: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
+	1,  // 48: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
+	1,  // 49: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
+	1,  // 50: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
+	1,  // 51: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
+	29, // 52: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
+	37, // 53: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
+	41, // [41:54] is the sub-list for method output_type
+	28, // [28:41] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }

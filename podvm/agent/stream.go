@@ -3,9 +3,10 @@
 //
 // Every stream that is dialled to vmm.AgentPort begins with a header: a length (4 bytes, big
 // endian, at most HeaderMax) and a Header as JSON. The agent answers with a Reply in the same
-// form, and from then on the stream carries what its kind says:
+// form, and from then on the stream carries what its kind says. Messages that are all zero have no
+// bytes: so the stream that every pod's start waits for needs no JSON.
 //
-//	rpc          ttrpc, service Agent
+//	             ttrpc, service Agent; its header is all zero
 //	exec         frames both ways, see FrameType; the process starts when the header arrives
 //	attach       frames both ways, to and from a running container
 //	output       Record frames from the guest (see Output), acknowledged by 8-byte big endian offsets
@@ -20,6 +21,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"reflect"
 )
 
 // Limits, in bytes, that both ends hold each other to.
@@ -33,7 +35,7 @@ type Kind string
 
 // The kinds of streams.
 const (
-	KindRPC         Kind = "rpc"
+	KindRPC         Kind = ""
 	KindExec        Kind = "exec"
 	KindAttach      Kind = "attach"
 	KindOutput      Kind = "output"
@@ -43,7 +45,7 @@ const (
 
 // Header opens a stream.
 type Header struct {
-	Kind      Kind   `json:"kind"`
+	Kind      Kind   `json:"kind,omitempty"`
 	Container string `json:"container,omitempty"`
 	// Process is the OCI process of an exec (JSON); its user is already that of the container
 	// unless set otherwise.
@@ -90,18 +92,21 @@ const (
 
 // WriteMessage writes a Header or Reply in its framed form.
 func WriteMessage(w io.Writer, v any) error {
-	body, err := json.Marshal(v)
-	if err != nil {
-		return err
+	var body []byte
+	if !reflect.ValueOf(v).IsZero() {
+		var err error
+		if body, err = json.Marshal(v); err != nil {
+			return err
+		}
 	}
 	if len(body) > HeaderMax {
 		return fmt.Errorf("stream header of %d bytes is over the limit of %d", len(body), HeaderMax)
 	}
-	_, err = w.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(body))), body...))
+	_, err := w.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(body))), body...))
 	return err
 }
 
-// ReadMessage reads what WriteMessage wrote. It reads no byte past the message.
+// ReadMessage reads what WriteMessage wrote into a zero value. It reads no byte past the message.
 func ReadMessage(r io.Reader, v any) error {
 	var head [4]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
@@ -110,6 +115,9 @@ func ReadMessage(r io.Reader, v any) error {
 	n := binary.BigEndian.Uint32(head[:])
 	if n > HeaderMax {
 		return fmt.Errorf("stream header of %d bytes is over the limit of %d", n, HeaderMax)
+	}
+	if n == 0 {
+		return nil
 	}
 	body := make([]byte, n)
 	if _, err := io.ReadFull(r, body); err != nil {

@@ -40,15 +40,16 @@ const searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 // Agent runs one pod's containers.
 type Agent struct {
-	o      Options
-	reaper *reaper
-	disks  *disks
-	watch  *hub
-	files  *fileSets
-	vols   *volumes
-	shares *hostDirs
-	cards  *cards
-	pid    podPID
+	o       Options
+	reaper  *reaper
+	disks   *disks
+	watch   *hub
+	files   *fileSets
+	vols    *volumes
+	shares  *hostDirs
+	cards   *cards
+	entropy entropy
+	pid     podPID
 	// sealed is crun as it is run.
 	sealed *sealed
 
@@ -59,6 +60,7 @@ type Agent struct {
 	// These are set in a template, for its clones.
 	pack       *os.File
 	prepared   bool // the rest is set
+	names      *names
 	scratch    string
 	quotas     *quotas
 	containers map[string]*container
@@ -99,7 +101,11 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{o: o, reaper: r, cards: cards, sealed: program, watch: newHub(), containers: make(map[string]*container), scratch: o.Root}
+	entropy, err := openEntropy()
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{o: o, reaper: r, cards: cards, entropy: entropy, sealed: program, watch: newHub(), containers: make(map[string]*container), scratch: o.Root}
 	a.disks = newDisks(a.path("disks"))
 	a.files = newFileSets(a.path("files"))
 	a.vols = newVolumes(a.path("volumes"))

@@ -15,10 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cards configures the guest's network cards, over a socket to the kernel that a clone has from its template.
-// It is done before anything of the pod runs, which could write to that socket.
+// cards configures the guest's network cards, over sockets to the kernel that a clone has from its template.
+// It is done before anything of the pod runs, which could write to them. What is done for every pod goes over
+// the plain one: the library takes 64 KiB for each answer, and a clone each page of it from its template.
 type cards struct {
 	*netlink.Handle
+	rt rtnetlink
 	// prepared is the card that every pod has, where it was prepared; nil where not.
 	prepared netlink.Link
 }
@@ -27,15 +29,27 @@ type cards struct {
 const cardAnswer = deviceWait
 
 func newCards() (*cards, error) {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	rt, err := newRTNetlink()
 	if err != nil {
 		return nil, fmt.Errorf("talk to the kernel about network cards: %w", err)
 	}
-	if err := h.SetSocketTimeout(cardAnswer); err != nil {
-		h.Close()
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err == nil {
+		if err = h.SetSocketTimeout(cardAnswer); err != nil {
+			h.Close()
+		}
+	}
+	if err != nil {
+		rt.close()
 		return nil, fmt.Errorf("talk to the kernel about network cards: %w", err)
 	}
-	return &cards{Handle: h}, nil
+	return &cards{Handle: h, rt: rt}, nil
+}
+
+// Close closes the sockets.
+func (c *cards) Close() {
+	c.Handle.Close()
+	c.rt.close()
 }
 
 // configure configures the cards of a request, waiting for each to be plugged in.
@@ -53,8 +67,8 @@ func (c *cards) configure(ctx context.Context, req *agent.NetworkRequest) error 
 // cardName is how almost every pod's first interface is called.
 const cardName = "eth0"
 
-// prepare does what can be done for a card before it is known whose it will be: it is up, and silent,
-// because its address is not its own.
+// prepare does what can be done for a card before it is known whose it will be: it is up, and silent, because
+// its address is not its own: with no IP address, not even one of its link, it sends nothing.
 func (c *cards) prepare(ctx context.Context, address string) error {
 	ctx, cancel := context.WithTimeout(ctx, deviceWait)
 	defer cancel()
@@ -82,18 +96,22 @@ func (c *cards) prepare(ctx context.Context, address string) error {
 	return err
 }
 
-// rehearse gives the card that was prepared addresses and routes of documentation, and takes them away
-// again.
+// rehearse gives the card that was prepared another MAC address, and addresses and routes of documentation, and
+// takes them away again.
 func (c *cards) rehearse(ctx context.Context) error {
 	if c.prepared == nil {
 		return nil
 	}
+	mac := c.prepared.Attrs().HardwareAddr
 	err := c.set(ctx, &agent.Interface{
-		Name: cardName, Mac: c.prepared.Attrs().HardwareAddr.String(), Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
+		Name: cardName, CardMac: mac.String(), Mac: "02:00:00:00:53:00", Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
 		Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "192.0.2.1"}, {Destination: "::/0", Gateway: "2001:db8::1"}},
 	})
 	if err == nil {
 		err = c.silence(c.prepared)
+	}
+	if err == nil {
+		err = c.rt.setLink(c.prepared.Attrs().Index, mac, 0, false)
 	}
 	if err != nil {
 		return fmt.Errorf("network card %s: %w", cardName, err)
@@ -103,7 +121,10 @@ func (c *cards) rehearse(ctx context.Context) error {
 
 // silence takes a card's addresses away, and with them its routes.
 func (c *cards) silence(link netlink.Link) error {
-	if err := ipv6(link.Attrs().Name, "disable_ipv6", "1"); err != nil {
+	// Off and on again takes the addresses, and the mode "none" keeps one of its link from coming by itself.
+	name := link.Attrs().Name
+	err := errors.Join(ipv6(name, "disable_ipv6", "1"), ipv6(name, "addr_gen_mode", "1"), ipv6(name, "disable_ipv6", "0"))
+	if err != nil {
 		return err
 	}
 	addresses, err := c.AddrList(link, netlink.FAMILY_V4)
@@ -119,17 +140,23 @@ func (c *cards) silence(link netlink.Link) error {
 }
 
 func (c *cards) set(ctx context.Context, i *agent.Interface) error {
-	link, err := c.identify(ctx, i)
+	mac, err := net.ParseMAC(i.Mac)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	link, err := c.identify(ctx, i, mac)
 	if err != nil {
 		return err
 	}
-	if i.Mtu != 0 && int(i.Mtu) != link.Attrs().MTU {
-		if err := c.LinkSetMTU(link, int(i.Mtu)); err != nil {
-			return fmt.Errorf("set MTU %d: %w", i.Mtu, err)
-		}
+	// Linux has no IPv6 where packets are smaller.
+	v6 := c.rt.v6 && (i.Mtu == 0 || i.Mtu >= minMTUv6)
+	if err := c.rt.setLink(link, mac, i.Mtu, v6); err != nil {
+		return fmt.Errorf("set address and MTU, and bring up: %w", err)
 	}
-	if err := c.up(link); err != nil {
-		return err
+	if v6 {
+		if err := c.rt.addAddress(link, linkAddress(mac), 64); err != nil {
+			return fmt.Errorf("add the address of its link: %w", err)
+		}
 	}
 	for _, address := range i.Addresses {
 		if err := c.addAddress(link, address); err != nil {
@@ -149,39 +176,35 @@ func (c *cards) set(ctx context.Context, i *agent.Interface) error {
 	return nil
 }
 
-// identify finds a card and gives it the name and the address that it is to have.
-func (c *cards) identify(ctx context.Context, i *agent.Interface) (netlink.Link, error) {
-	mac, err := net.ParseMAC(i.Mac)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
-	}
+// minMTUv6 is the smallest that IPv6 has. Source: RFC 8200.
+const minMTUv6 = 1280
+
+// linkAddress is the IPv6 address of a link that goes with a MAC address. Source: RFC 4291, appendix A.
+func linkAddress(mac net.HardwareAddr) net.IP {
+	return net.IP{0xfe, 0x80, 0, 0, 0, 0, 0, 0, mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]}
+}
+
+// identify finds a card, which is to have an address, and gives it its name; it returns its index.
+func (c *cards) identify(ctx context.Context, i *agent.Interface, mac net.HardwareAddr) (index int, err error) {
 	present := mac
 	if i.CardMac != "" {
 		if present, err = net.ParseMAC(i.CardMac); err != nil {
-			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+			return 0, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 		}
 	}
 	link := c.prepared
 	if link == nil || !bytes.Equal(present, link.Attrs().HardwareAddr) {
 		if link, err = c.await(ctx, present); err != nil {
-			return nil, err
+			return 0, err
 		}
 	}
-	renamed := link.Attrs().Name != i.Name
+	if link == c.prepared && link.Attrs().Name == i.Name {
+		return link.Attrs().Index, nil
+	}
 	if link, err = c.rename(link, i.Name); err != nil {
-		return nil, err
+		return 0, err
 	}
-	if !bytes.Equal(present, mac) {
-		if err := c.LinkSetHardwareAddr(link, mac); err != nil {
-			return nil, fmt.Errorf("set address: %w", err)
-		}
-	}
-	if renamed || link != c.prepared {
-		if err := noDiscovery(i.Name); err != nil {
-			return nil, err
-		}
-	}
-	return link, ipv6(i.Name, "disable_ipv6", "0")
+	return link.Attrs().Index, noDiscovery(i.Name)
 }
 
 // noDiscovery has a card use what addresses and routes it is given: none by router advertisements. CNI
@@ -270,34 +293,32 @@ func (c *cards) rename(link netlink.Link, name string) (netlink.Link, error) {
 	return c.LinkByIndex(link.Attrs().Index)
 }
 
-func (c *cards) addAddress(link netlink.Link, address string) error {
+func (c *cards) addAddress(link int, address string) error {
 	ip, ipNet, err := net.ParseCIDR(address)
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: ipNet.Mask}}
-	if ip.To4() == nil {
-		addr.Flags = unix.IFA_F_NODAD
-	}
-	if err := c.AddrReplace(link, addr); err != nil {
+	prefix, _ := ipNet.Mask.Size()
+	if err := c.rt.addAddress(link, ip, prefix); err != nil {
 		return fmt.Errorf("add address %s: %w", address, err)
 	}
 	return nil
 }
 
-func (c *cards) addRoute(link netlink.Link, r *agent.Route) error {
+func (c *cards) addRoute(link int, r *agent.Route) error {
 	_, dst, err := net.ParseCIDR(r.Destination)
 	if err != nil {
 		return fmt.Errorf("route: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: dst, Priority: int(r.Metric), Scope: netlink.Scope(r.Scope)}
-	if route.Gw, err = optionalIP(r.Gateway); err != nil {
+	gateway, err := optionalIP(r.Gateway)
+	if err != nil {
 		return err
 	}
-	if route.Src, err = optionalIP(r.Source); err != nil {
+	source, err := optionalIP(r.Source)
+	if err != nil {
 		return err
 	}
-	if err := c.RouteReplace(route); err != nil {
+	if err := c.rt.addRoute(link, dst, gateway, source, r.Metric, uint8(r.Scope)); err != nil {
 		return fmt.Errorf("add route to %s by %q: %w", r.Destination, r.Gateway, err)
 	}
 	return nil
@@ -313,7 +334,7 @@ func optionalIP(s string) (net.IP, error) {
 	return nil, fmt.Errorf("%q is no IP address: %w", s, errdefs.ErrInvalidArgument)
 }
 
-func (c *cards) addNeighbour(link netlink.Link, n *agent.Neighbour) error {
+func (c *cards) addNeighbour(link int, n *agent.Neighbour) error {
 	ip, err := optionalIP(n.Address)
 	if err != nil {
 		return err
@@ -322,8 +343,7 @@ func (c *cards) addNeighbour(link netlink.Link, n *agent.Neighbour) error {
 	if err != nil {
 		return fmt.Errorf("neighbour: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	neigh := &netlink.Neigh{LinkIndex: link.Attrs().Index, IP: ip, HardwareAddr: mac, State: netlink.NUD_PERMANENT}
-	if err := c.NeighSet(neigh); err != nil {
+	if err := c.rt.addNeighbour(link, ip, mac); err != nil {
 		return fmt.Errorf("add neighbour %s: %w", n.Address, err)
 	}
 	return nil

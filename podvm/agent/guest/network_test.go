@@ -2,7 +2,9 @@ package guest
 
 import (
 	"context"
+	"errors"
 	"net"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -115,17 +117,18 @@ func TestCard(t *testing.T) {
 	if routes, err := netlink.RouteList(nil, netlink.FAMILY_V4); err != nil || len(routes) != 0 {
 		t.Errorf("a rehearsal leaves the routes %v, %v", routes, err)
 	}
-	if link, addrs := card(t); link.Attrs().Flags&net.FlagUp == 0 || len(addrs) != 0 {
+	if link, addrs := card(t, cardName); link.Attrs().Flags&net.FlagUp == 0 || link.Attrs().HardwareAddr.String() != from || len(addrs) != 0 {
 		t.Errorf("prepared: %+v with %v, want it up and silent", link.Attrs(), addrs)
 	}
 	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	const name = "net7"
 	err = cards.configure(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
-		Name: "eth0", Mac: mac.String(), CardMac: from, Mtu: 1400, Addresses: []string{"10.1.2.3/24"},
+		Name: name, Mac: mac.String(), CardMac: from, Mtu: 1400, Addresses: []string{"10.1.2.3/24"},
 	}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	link, addrs := card(t)
+	link, addrs := card(t, name)
 	if a := link.Attrs(); a.MTU != 1400 || a.Flags&net.FlagUp == 0 || a.HardwareAddr.String() != mac.String() {
 		t.Errorf("card: %+v", a)
 	}
@@ -137,12 +140,32 @@ func TestCard(t *testing.T) {
 	if want := []string{"10.1.2.3/24", "fe80::ff:fe00:9/64"}; !slices.Equal(all, want) {
 		t.Errorf("addresses %v, want %v: those given, and one of its own address", all, want)
 	}
+	if mode, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + name + "/addr_gen_mode"); err != nil || string(mode) != "0\n" {
+		t.Errorf("its link's next address comes by mode %q, %v", mode, err)
+	}
 }
 
-// card is eth0 and its addresses.
-func card(t *testing.T) (netlink.Link, []netlink.Addr) {
+// TestSmallMTU: there is no IPv6 where packets are too small for it.
+func TestSmallMTU(t *testing.T) {
+	cards := inNetwork(t)
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ens3", HardwareAddr: mac}, PeerName: "peer"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := cards.configure(t.Context(), &agent.NetworkRequest{Interfaces: []*agent.Interface{{
+		Name: cardName, Mac: mac.String(), Mtu: 1000, Addresses: []string{"10.1.2.3/24"},
+	}}}); err != nil {
+		t.Fatal(err)
+	}
+	if link, addrs := card(t, cardName); link.Attrs().MTU != 1000 || len(addrs) != 1 {
+		t.Errorf("card: %+v with %v", link.Attrs(), addrs)
+	}
+}
+
+// card is one and its addresses.
+func card(t *testing.T, name string) (netlink.Link, []netlink.Addr) {
 	t.Helper()
-	link, err := netlink.LinkByName("eth0")
+	link, err := netlink.LinkByName(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +193,8 @@ func TestNetworkFails(t *testing.T) {
 	}
 	for name, i := range map[string]*agent.Interface{
 		"mac": {Name: "eth0", Mac: "x"}, "card": {Mac: mac.String(), CardMac: "x"}, "address": {Addresses: []string{"10.0.0.1"}},
-		"route": {Routes: []*agent.Route{{Destination: "x"}}}, "gateway": {Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "x"}}},
+		"other version": {Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "fd00::1"}}},
+		"route":         {Routes: []*agent.Route{{Destination: "x"}}}, "gateway": {Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "x"}}},
 		"neighbour": {Neighbours: []*agent.Neighbour{{Address: "10.0.0.1", Mac: "x"}}},
 	} {
 		if i.Mac == "" {
@@ -179,5 +203,11 @@ func TestNetworkFails(t *testing.T) {
 		if err := cards.configure(t.Context(), request(i)); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	err = cards.configure(t.Context(), request(&agent.Interface{
+		Name: "eth0", Mac: mac.String(), Routes: []*agent.Route{{Destination: "0.0.0.0/0", Gateway: "203.0.113.1"}},
+	}))
+	if !errors.Is(err, unix.ENETUNREACH) {
+		t.Errorf("a gateway that can't be reached: %v", err)
 	}
 }

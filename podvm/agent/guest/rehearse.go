@@ -76,7 +76,7 @@ func (a *Agent) rehearseSetup(ctx context.Context) error {
 	}}}
 	create := &agent.CreateRequest{Id: rehearsal, Rootfs: &agent.Rootfs{ImageAddr: rehearsal}, Mounts: []*agent.Mount{{}}, User: &agent.User{}}
 	for _, m := range []proto.Message{
-		setup, &agent.SetupResponse{Kernel: rehearsal}, network, create, &agent.CreateResponse{Groups: []int64{1}},
+		setup, network, &agent.SetupResponse{Kernel: rehearsal}, create, &agent.CreateResponse{Groups: []int64{1}},
 		&agent.StartRequest{Id: rehearsal}, &agent.StartResponse{Pid: 1},
 	} {
 		data, err := proto.Marshal(m)
@@ -91,7 +91,7 @@ func (a *Agent) rehearseSetup(ctx context.Context) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.setup, a.podID = nil, ""
-	return err
+	return errors.Join(err, a.names.clear())
 }
 
 // rehearseExec runs a process in a container whose own has not started, and so can't have ended.

@@ -23,7 +23,7 @@ func (s service) Setup(ctx context.Context, req *agent.SetupRequest) (*agent.Set
 }
 
 func (s service) Network(ctx context.Context, req *agent.NetworkRequest) (*agent.Empty, error) {
-	return &agent.Empty{}, s.a.cards.configure(ctx, req)
+	return &agent.Empty{}, s.a.network(ctx, req)
 }
 
 func (s service) Create(ctx context.Context, req *agent.CreateRequest) (*agent.CreateResponse, error) {

@@ -2,8 +2,6 @@ package guest
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -12,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
-	"unsafe"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/containerd/errdefs"
@@ -34,7 +31,7 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 			return nil, fmt.Errorf("set the clock: %w", err)
 		}
 	}
-	if err := credit(req.Entropy); err != nil {
+	if err := a.entropy.credit(req.Entropy); err != nil {
 		return nil, fmt.Errorf("feed the kernel's random pool: %w", err)
 	}
 	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
@@ -44,13 +41,13 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 	if err != nil {
 		return nil, err
 	}
-	for name, value := range req.Sysctls {
-		if err := sysctl(name, value); err != nil {
-			return nil, err
-		}
-	}
 	if err := a.sizeShm(req.ShmSize); err != nil {
 		return nil, err
+	}
+	if req.Network != nil {
+		if err := a.network(ctx, req.Network); err != nil {
+			return nil, err
+		}
 	}
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
@@ -63,6 +60,19 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 	return resp, nil
 }
 
+// network connects the pod, and sets its kernel parameters.
+func (a *Agent) network(ctx context.Context, req *agent.NetworkRequest) error {
+	if err := a.cards.configure(ctx, req); err != nil {
+		return err
+	}
+	for name, value := range req.Sysctls {
+		if err := sysctl(name, value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // begun returns the answer to a Setup that is repeated.
 func (a *Agent) begun(pod string) (*agent.SetupResponse, error) {
 	a.mu.Lock()
@@ -71,73 +81,6 @@ func (a *Agent) begun(pod string) (*agent.SetupResponse, error) {
 		return nil, fmt.Errorf("this guest is already that of pod %s: %w", a.podID, errdefs.ErrFailedPrecondition)
 	}
 	return a.setup, nil
-}
-
-// credit mixes entropy into the kernel's pool, counts it, and makes the kernel use it at once.
-// Source: random(4).
-func credit(entropy []byte) error {
-	if len(entropy) == 0 {
-		return nil
-	}
-	f, err := os.OpenFile("/dev/urandom", os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	// struct rand_pool_info: the count in bits, the size in bytes, the bytes.
-	info := binary.NativeEndian.AppendUint32(nil, uint32(len(entropy)*8))
-	info = binary.NativeEndian.AppendUint32(info, uint32(len(entropy)))
-	info = append(info, entropy...)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
-		return errno
-	}
-	return unix.IoctlSetInt(int(f.Fd()), unix.RNDRESEEDCRNG, 0)
-}
-
-// identity sets names and writes the files that containers see them by; it returns the boot id.
-func (a *Agent) identity(req *agent.SetupRequest) (bootID string, err error) {
-	if req.Hostname != "" {
-		if err := unix.Sethostname([]byte(req.Hostname)); err != nil {
-			return "", fmt.Errorf("set the host name %q: %w", req.Hostname, err)
-		}
-	}
-	bootID = newBootID()
-	return bootID, a.identityFiles(map[string]string{
-		"hostname": req.Hostname + "\n", "resolv.conf": resolvConf(req.Dns), "boot_id": bootID + "\n",
-		"machine-id": req.MachineId + "\n",
-	})
-}
-
-// identityFiles are by what containers see who they are.
-func (a *Agent) identityFiles(files map[string]string) error {
-	for name, content := range files {
-		if err := os.WriteFile(a.path(name), []byte(content), 0o644); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// newBootID is a random UUID in the form of the kernel's.
-func newBootID() string {
-	var b [16]byte
-	rand.Read(b[:])
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
-}
-
-func resolvConf(dns *agent.DNS) string {
-	var b strings.Builder
-	for _, server := range dns.GetServers() {
-		fmt.Fprintf(&b, "nameserver %s\n", server)
-	}
-	if s := dns.GetSearches(); len(s) > 0 {
-		fmt.Fprintf(&b, "search %s\n", strings.Join(s, " "))
-	}
-	if o := dns.GetOptions(); len(o) > 0 {
-		fmt.Fprintf(&b, "options %s\n", strings.Join(o, " "))
-	}
-	return b.String()
 }
 
 // sysctl sets a kernel parameter by its name: dots for slashes, as sysctl(8), or slashes.
@@ -203,7 +146,8 @@ func (a *Agent) prepare(ctx context.Context, scratchAddr string) error {
 	if err := a.mountShm(); err != nil {
 		return err
 	}
-	if err := a.identityFiles(map[string]string{"hostname": "", "resolv.conf": "", "boot_id": "", "machine-id": ""}); err != nil {
+	names, err := a.openNames()
+	if err != nil {
 		return err
 	}
 	if !a.o.NoCgroups {
@@ -223,7 +167,7 @@ func (a *Agent) prepare(ctx context.Context, scratchAddr string) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.prepared, a.scratch, a.quotas = true, scratch, quotas
+	a.prepared, a.names, a.scratch, a.quotas = true, names, scratch, quotas
 	return nil
 }
 

@@ -90,7 +90,7 @@ func (m *machine) setup(dir string) {
 	addr := m.disk(scratch, "scratch", false, "mkfs.ext4", "-q", "-F", "-O", "^has_journal,quota,project", "-E", "quotatype=prjquota", scratch)
 	resp, err := service1(m.t, m.ctx, m.c).Setup(m.ctx, &agent.SetupRequest{
 		PodId: "pod", Hostname: "web-1", ClockNs: time.Now().UnixNano(), Entropy: make([]byte, 32), MachineId: "0123456789abcdef0123456789abcdef",
-		Dns: &agent.DNS{Servers: []string{"10.0.0.10"}}, Sysctls: map[string]string{"net.ipv4.ip_unprivileged_port_start": "0"}, ScratchAddr: addr,
+		Dns: &agent.DNS{Servers: []string{"10.0.0.10"}}, Network: &agent.NetworkRequest{Sysctls: map[string]string{"net.ipv4.ip_unprivileged_port_start": "0"}}, ScratchAddr: addr,
 	})
 	if err != nil {
 		m.t.Fatal(err)
