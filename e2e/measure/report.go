@@ -25,6 +25,8 @@ type Figures struct {
 	Against string            `json:"against,omitempty"`
 	Version string            `json:"version"`
 	Figures map[string]Figure `json:"figures"`
+	// Losses say of pods that were lost why they were.
+	Losses []string `json:"losses,omitempty"`
 }
 
 // Figure is seconds, bytes or a number, as its name says.
@@ -68,7 +70,7 @@ func newReport(all []*subject) Report {
 		if starts := s.samples["idle: start"]; len(starts) > 0 {
 			s.samples["idle: last to first"] = []float64{lastToFirst(starts)}
 		}
-		f := Figures{s.Name, s.Against, s.version, map[string]Figure{}}
+		f := Figures{s.Name, s.Against, s.version, map[string]Figure{}, s.losses}
 		for name, values := range s.samples {
 			f.Figures[name] = Figure{P50: quantile(values, 0.5), P95: quantile(values, 0.95), N: len(values)}
 		}
@@ -145,6 +147,11 @@ func (r Report) String() string {
 		fmt.Fprintln(w)
 	}
 	w.Flush()
+	for _, f := range r.Runtimes {
+		for _, loss := range f.Losses {
+			fmt.Fprintf(&b, "%s: lost: %s\n", f.Name, loss)
+		}
+	}
 	return b.String()
 }
 

@@ -3,9 +3,11 @@ package measure
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -22,6 +24,8 @@ type subject struct {
 	runtime cri.RuntimeServiceClient
 	imageID string
 	samples samples
+	// losses say of pods that were lost why they were.
+	losses []string
 }
 
 // samples are the figures by name: seconds of a call, bytes of memory, numbers of processes.
@@ -147,6 +151,11 @@ func (s *subject) density(ctx context.Context, n int) (err error) {
 		return err
 	}
 	s.samples["idle: pods lost"] = []float64{float64(n - len(left))}
+	for i, p := range pods {
+		if !slices.Contains(left, p) {
+			s.losses = append(s.losses, fmt.Sprintf("idle pod %d: %s", i+1, p.end(ctx)))
+		}
+	}
 	s.samples["idle: pss with a container"] = []float64{pss}
 	return nil
 }
@@ -163,6 +172,19 @@ func (p *pod) lost(ctx context.Context) bool {
 		}
 	}
 	return false
+}
+
+// end is why a pod that is lost has ended, as far as its runtime tells.
+func (p *pod) end(ctx context.Context) string {
+	status, err := p.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+	if err != nil {
+		return err.Error()
+	}
+	var info struct{ Reason, Message string }
+	if err := json.Unmarshal([]byte(status.Info["info"]), &info); err != nil {
+		return err.Error()
+	}
+	return info.Reason + ": " + info.Message
 }
 
 // weighAll returns the pods that are there, the mean of their PSS, and the largest.
