@@ -277,7 +277,7 @@ func (b *birth) address(ctx context.Context) error {
 		return err
 	}
 	if _, err := rpc.Network(ctx, b.addresses()); err != nil {
-		return fmt.Errorf("configure the guest's network: %w", err)
+		return fmt.Errorf("configure the guest's network and sysctls: %w", err)
 	}
 	return nil
 }
