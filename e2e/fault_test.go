@@ -200,7 +200,7 @@ func vmms(t *testing.T, templates bool) []int {
 }
 
 // fallen waits until the pod is not ready and its container has exited, and sees that both say why.
-func fallen(t *testing.T, d *harness.Daemon, c *harness.Container, want string) {
+func fallen(t *testing.T, d *harness.Daemon, c *harness.Container, reason, want string) {
 	t.Helper()
 	harness.Eventually(t, "the pod is not ready", func() error {
 		if s := c.Pod.Status(); s.State != runtimeapi.PodSandboxState_SANDBOX_NOTREADY {
@@ -216,11 +216,11 @@ func fallen(t *testing.T, d *harness.Daemon, c *harness.Container, want string) 
 	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil {
 		t.Fatal(err)
 	}
-	if info.Reason != "VMGone" || !strings.Contains(info.Message, want) {
-		t.Errorf("the pod: %q, %q, want VMGone, %q", info.Reason, info.Message, want)
+	if info.Reason != reason || !strings.Contains(info.Message, want) {
+		t.Errorf("the pod: %q, %q, want %s, %q", info.Reason, info.Message, reason, want)
 	}
-	if s := c.Wait(); s.ExitCode != 255 || s.Reason != "VMGone" || !strings.Contains(s.Message, want) {
-		t.Errorf("the container: %d, %q, %q, want 255, VMGone, %q", s.ExitCode, s.Reason, s.Message, want)
+	if s := c.Wait(); s.ExitCode != 255 || s.Reason != reason || !strings.Contains(s.Message, want) {
+		t.Errorf("the container: %d, %q, %q, want 255, %s, %q", s.ExitCode, s.Reason, s.Message, reason, want)
 	}
 	if _, err := c.TryExec(10, "true"); err == nil {
 		t.Error("an exec in the fallen pod succeeded")
@@ -239,7 +239,7 @@ func testGuestPanic(t *testing.T, d *harness.Daemon) {
 	if err == nil {
 		t.Error("the exec that crashed the guest succeeded")
 	}
-	fallen(t, d, c, "panic")
+	fallen(t, d, c, "VMGone", "panic")
 	pod.Remove()
 	// The daemon is as well as before.
 	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
@@ -266,7 +266,7 @@ sleep 1000`)
 	if err == nil {
 		t.Error("the exec that killed the agent succeeded")
 	}
-	fallen(t, d, c, "kill init")
+	fallen(t, d, c, "VMGone", "kill init")
 	has(t, d.Crictl("inspectp", pod.ID), "VMGone", "kill init")
 	pod.Remove()
 	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
@@ -283,7 +283,7 @@ func TestVMKilled(t *testing.T) {
 	if err := unix.Kill(pids[0], unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	fallen(t, d, c, "signal: killed")
+	fallen(t, d, c, "VMGone", "signal: killed")
 }
 
 // TestGuestHangs stops a VMM: its guest answers no more. What has a limit keeps it, what has none is
@@ -329,6 +329,33 @@ func TestGuestHangs(t *testing.T) {
 	if s := other.Wait(); s.ExitCode != 255 || s.Reason != "Unreachable" || s.Message == "" {
 		t.Errorf("the other pod's container: %d, %q, %q", s.ExitCode, s.Reason, s.Message)
 	}
+	other.Pod.Remove()
+	none(t, d)
+}
+
+// TestWatchdog has a guest stop for good, which nobody sees before somebody waits for it.
+func TestWatchdog(t *testing.T) {
+	d := harness.Start(t, func(c *harness.Config) { c.VM.Watchdog = "8s" })
+	c := d.RunPod().Run(images.Busybox, sleeper)
+	stopped := vms(t)
+	if len(stopped) != 1 {
+		t.Fatalf("VMs %v, want one", stopped)
+	}
+	other := d.RunPod().Run(images.Busybox, sleeper)
+	if err := unix.Kill(stopped[0], unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.TryExec(1, "true"); err == nil {
+		t.Error("an exec in a stopped guest succeeded")
+	}
+	fallen(t, d, c, "Unreachable", "answered nothing for 8s")
+	if left := vms(t); len(left) != 1 || left[0] == stopped[0] {
+		t.Errorf("VMs %v, want the other one", left)
+	}
+	if out := other.Exec("echo", "afloat"); out != "afloat\n" {
+		t.Errorf("the other pod: got %q", out)
+	}
+	c.Pod.Remove()
 	other.Pod.Remove()
 	none(t, d)
 }

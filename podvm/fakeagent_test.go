@@ -28,6 +28,8 @@ type fakeAgent struct {
 	containers map[string]*fakeContainer
 	files      []*agent.Files
 	reports    []*agent.ContainerState // sent to watchers as they are
+	silent     bool                    // new streams are not answered
+	streams    int                     // that were answered
 }
 
 type fakeContainer struct {
@@ -54,6 +56,13 @@ func (a *fakeAgent) do(change func()) {
 	change()
 	close(a.changed)
 	a.changed = make(chan struct{})
+}
+
+// answered is how many streams there were.
+func (a *fakeAgent) answered() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.streams
 }
 
 // call notes a call, and returns the error that it is to have.
@@ -115,6 +124,16 @@ func (a *fakeAgent) serve(conn net.Conn) {
 	defer conn.Close()
 	var h agent.Header
 	if agent.ReadMessage(conn, &h) != nil {
+		return
+	}
+	var silent bool
+	a.do(func() {
+		if silent = a.silent; !silent {
+			a.streams++
+		}
+	})
+	if silent {
+		io.Copy(io.Discard, conn)
 		return
 	}
 	if h.Kind == agent.KindOutput {

@@ -78,7 +78,9 @@ type Options struct {
 	// DAX asks that pods share the pages of their images, where the driver can.
 	DAX bool
 	// Warm is how many clones are kept ready for pods to come; only where one template serves them all.
-	Warm     int
+	Warm int
+	// Watchdog is how long a pod's guest may answer nothing before its VM is killed; 0: for ever.
+	Watchdog time.Duration
 	Observer Observer
 }
 

@@ -45,6 +45,8 @@ type node struct {
 	warm   int
 	// patience, if set before start, is how long clones may take to answer.
 	patience time.Duration
+	// watchdog is Options.Watchdog.
+	watchdog time.Duration
 	born     func(a *fakeAgent) // called with each agent before its first stream is answered
 }
 
@@ -80,6 +82,7 @@ func (n *node) start() {
 		Driver: driver, Drivers: map[string]vmm.Driver{driver.Name(): driver},
 		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images, Shares: n.shares,
 		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4<<30 + 5<<20}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
+		Watchdog: n.watchdog,
 	})
 	if err != nil {
 		n.t.Fatal(err)

@@ -16,6 +16,9 @@ import (
 // agent has told the state of every container, with those that nobody here knows.
 func (p *Pod) follow(listed func(unknown []string)) {
 	v := p.machine()
+	if limit := p.m.o.Watchdog; limit > 0 {
+		p.client.Guard(limit, func() { p.hung(v, limit) })
+	}
 	p.tasks.start(func(ctx context.Context) { p.watchAgent(ctx, listed) })
 	p.tasks.start(func(ctx context.Context) {
 		select {
@@ -36,9 +39,26 @@ func (p *Pod) machineEnded(v vmm.VM) {
 	if err := v.Info().Err; err != nil {
 		message = printable(err.Error())
 	}
-	if !p.fall("VMGone", message) {
+	if p.fall("VMGone", message) {
+		p.collapse("VMGone", message)
+	}
+}
+
+// hung ends a pod whose guest does not answer any more. Nobody can tell what runs there, so that its VM must
+// be gone before its containers are told to have ended.
+func (p *Pod) hung(v vmm.VM, limit time.Duration) {
+	message := fmt.Sprintf("the guest has answered nothing for %v (vm.watchdog): its VM was killed", limit)
+	if !p.fall("Unreachable", message) {
 		return
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), eraseLimit)
+	defer cancel()
+	p.note("kill a VM whose guest does not answer", v.Kill(ctx))
+	p.collapse("Unreachable", message)
+}
+
+// collapse ends what was in a pod that fell.
+func (p *Pod) collapse(reason, message string) {
 	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
 	defer cancel()
 	for _, c := range p.Containers() {
@@ -47,7 +67,7 @@ func (p *Pod) machineEnded(v vmm.VM) {
 		case <-ctx.Done():
 		}
 	}
-	p.endContainers("VMGone", message)
+	p.endContainers(reason, message)
 	p.letGo()
 	p.m.events.send(Event{Kind: EventStopped, Pod: p.Status()})
 }

@@ -1,6 +1,7 @@
 package podvm
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -64,6 +65,69 @@ func TestVMEnds(t *testing.T) {
 		t.Error(err)
 	}
 	n.nothingLeft()
+}
+
+// TestGuestAnswersNothing: who waits for such a guest finds out, also by calls that are given up early.
+func TestGuestAnswersNothing(t *testing.T) {
+	n := newNode(t)
+	n.watchdog = 200 * time.Millisecond
+	n.restart(nil)
+	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("c"))
+	a := n.agentOf(p.ID())
+	stuck := make(chan struct{})
+	defer close(stuck)
+	a.do(func() {
+		a.silent = true
+		a.before["Stats"] = func() { <-stuck }
+	})
+	short, cancel := context.WithTimeout(t.Context(), n.watchdog/20)
+	defer cancel()
+	if _, err := p.Stats(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("stats: %v", err)
+	}
+	n.until("end", func() bool { return p.Status().State == NotReady && c.Status().State == Exited })
+	if s := p.Status(); s.Reason != "Unreachable" || !strings.Contains(s.Message, "answered nothing for 200ms") {
+		t.Errorf("the pod: %s, %s", s.Reason, s.Message)
+	}
+	if s := c.Status(); s.ExitCode != 255 || s.Reason != "Unreachable" {
+		t.Errorf("the container: %+v", s)
+	}
+	if all := n.driver.VMs(); len(all) > 0 {
+		t.Errorf("%d VMs run on", len(all))
+	}
+	if err := p.Remove(soon(t)); err != nil {
+		t.Error(err)
+	}
+	n.nothingLeft()
+}
+
+// TestGuestTakesItsTime: a guest that is busy with a call, and answers others, is left alone.
+func TestGuestTakesItsTime(t *testing.T) {
+	n := newNode(t)
+	n.watchdog = 200 * time.Millisecond
+	n.restart(nil)
+	p := n.pod(podConfig("web"))
+	a := n.agentOf(p.ID())
+	busy, answered := make(chan struct{}), make(chan error)
+	a.do(func() { a.before["Stats"] = func() { <-busy } })
+	for range 2 { // the second is asked for after the first, and its silence is another
+		before := a.answered()
+		go func() {
+			_, err := p.Stats(soon(t))
+			answered <- err
+		}()
+		n.until("another stream", func() bool { return a.answered() > before })
+	}
+	close(busy)
+	for range 2 {
+		if err := <-answered; err != nil {
+			t.Error(err)
+		}
+	}
+	if s := p.Status(); s.State != Ready {
+		t.Errorf("the pod: %s, %s", s.Reason, s.Message)
+	}
 }
 
 // TestVMEndsWhileItIsKilled: its end is seen after who kills it has forgotten it.

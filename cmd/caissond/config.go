@@ -11,6 +11,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -30,16 +31,17 @@ type Config struct {
 	Driver string `toml:"driver" comment:"auto, cloud-hypervisor or qemu. auto takes Cloud Hypervisor where KVM truly works, else QEMU."`
 	Guest  string `toml:"guest" comment:"Folder of the guest's kernel and initramfs, made by 'caissond guest build'."`
 	VM     struct {
-		CPUs      int    `toml:"cpus" comment:"vCPUs of a pod without a CPU limit."`
-		Memory    Size   `toml:"memory" comment:"Memory of a pod without a memory limit. It costs nothing until it is used."`
-		MaxCPUs   int    `toml:"max_cpus" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
-		MaxMemory Size   `toml:"max_memory" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
-		Template  string `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`
-		Warm      int    `toml:"warm" comment:"Clones that are kept ready for pods to come, at most 16: such a pod starts in a third of the time, each takes the memory of an idle pod. -1: one with Cloud Hypervisor and vm.template = node, else none. Not with vm.template = namespace or pod."`
-		DAX       bool   `toml:"dax" comment:"With Cloud Hypervisor, pods of one image share its pages on the node. false: each guest caches what it reads, in memory of its own."`
-		Scratch   Size   `toml:"scratch" comment:"Largest writable layers and emptyDirs of a pod together: a sparse file."`
-		QEMU      string `toml:"qemu" comment:"QEMU's binary; a name is looked up in PATH."`
-		CloudHV   string `toml:"cloud_hypervisor" comment:"Cloud Hypervisor's binary; a name is looked up in PATH."`
+		CPUs      int      `toml:"cpus" comment:"vCPUs of a pod without a CPU limit."`
+		Memory    Size     `toml:"memory" comment:"Memory of a pod without a memory limit. It costs nothing until it is used."`
+		MaxCPUs   int      `toml:"max_cpus" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
+		MaxMemory Size     `toml:"max_memory" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
+		Template  string   `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`
+		Warm      int      `toml:"warm" comment:"Clones that are kept ready for pods to come, at most 16: such a pod starts in a third of the time, each takes the memory of an idle pod. -1: one with Cloud Hypervisor and vm.template = node, else none. Not with vm.template = namespace or pod."`
+		Watchdog  Duration `toml:"watchdog" comment:"A guest that answers nothing for so long, while somebody waits for it, is taken for hung: its VM is killed, and its pod is for the kubelet to replace. 0s: never."`
+		DAX       bool     `toml:"dax" comment:"With Cloud Hypervisor, pods of one image share its pages on the node. false: each guest caches what it reads, in memory of its own."`
+		Scratch   Size     `toml:"scratch" comment:"Largest writable layers and emptyDirs of a pod together: a sparse file."`
+		QEMU      string   `toml:"qemu" comment:"QEMU's binary; a name is looked up in PATH."`
+		CloudHV   string   `toml:"cloud_hypervisor" comment:"Cloud Hypervisor's binary; a name is looked up in PATH."`
 	} `toml:"vm"`
 	CNI struct {
 		ConfDir string   `toml:"conf_dir"`
@@ -87,6 +89,22 @@ func (s Size) MarshalText() ([]byte, error) {
 	return []byte(resource.NewQuantity(int64(s), resource.BinarySI).String()), nil
 }
 
+// Duration is a time, written as Go writes it: "90s", "1m".
+type Duration time.Duration
+
+// UnmarshalText reads a duration that is not negative.
+func (d *Duration) UnmarshalText(text []byte) error {
+	t, err := time.ParseDuration(string(text))
+	if err != nil || t < 0 {
+		return fmt.Errorf("duration %q: want one such as 90s or 1m", text)
+	}
+	*d = Duration(t)
+	return nil
+}
+
+// MarshalText writes a duration.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
 func defaults() Config {
 	var c Config
 	c.Listen = "/run/caisson/caisson.sock"
@@ -98,6 +116,7 @@ func defaults() Config {
 	c.VM.Memory = 512 << 20
 	c.VM.Template = "node"
 	c.VM.Warm = -1
+	c.VM.Watchdog = Duration(time.Minute)
 	c.VM.DAX = true
 	c.VM.Scratch = 64 << 30
 	c.VM.QEMU = "qemu-system-x86_64"
@@ -205,6 +224,9 @@ const maxState = 60
 // maxWarm bounds the key vm.warm: each takes memory, and the kubelet starts no more pods at once.
 const maxWarm = 16
 
+// minWatchdog bounds the key vm.watchdog: a node that is busy may let a guest wait.
+const minWatchdog = 5 * time.Second
+
 func (c *Config) validate() error {
 	for _, p := range []struct{ key, value string }{
 		{"listen", c.Listen}, {"root", c.Root}, {"state", c.State}, {"guest", c.Guest}, {"cni.conf_dir", c.CNI.ConfDir},
@@ -227,6 +249,9 @@ func (c *Config) validate() error {
 	}
 	if c.VM.Warm > 0 && c.VM.Template != "node" {
 		return fmt.Errorf("vm.warm = %d: only with vm.template = node; others don't know whose clone to keep ready", c.VM.Warm)
+	}
+	if c.VM.Watchdog != 0 && time.Duration(c.VM.Watchdog) < minWatchdog {
+		return fmt.Errorf("vm.watchdog = %v: want at least %v, which a guest that lives may be silent for, or 0s", time.Duration(c.VM.Watchdog), minWatchdog)
 	}
 	if c.VM.CPUs < 1 || c.VM.MaxCPUs < 0 {
 		return fmt.Errorf("vm.cpus = %d, vm.max_cpus = %d: want at least 1 and 0", c.VM.CPUs, c.VM.MaxCPUs)

@@ -49,6 +49,8 @@ func TestBadConfigSaysWhereAndWhat(t *testing.T) {
 		{"no TOML", "root = \n", "line 1"},
 		{"bad size", "[vm]\nmemory = 'lots'\n", "want a quantity such as 512Mi"},
 		{"too little memory", "[vm]\nmemory = '1Mi'\n", "at least 128Mi"},
+		{"bad duration", "[vm]\nwatchdog = 'soon'\n", "want one such as 90s"},
+		{"watchdog too quick", "[vm]\nwatchdog = '1s'\n", "at least 5s"},
 		{"unknown driver", "driver = 'xen'\n", "want one of auto, cloud-hypervisor, qemu"},
 		{"relative path", "root = 'here'\n", "want an absolute path"},
 		{"state too long", "state = '/" + strings.Repeat("x", 80) + "'\n", "choose a shorter path"},

@@ -29,6 +29,7 @@ type Config struct {
 		Template string `toml:"template,omitempty"`
 		Warm     int    `toml:"warm"`
 		DAX      bool   `toml:"dax"`
+		Watchdog string `toml:"watchdog,omitempty"`
 	} `toml:"vm"`
 	CNI struct {
 		ConfDir string   `toml:"conf_dir"`

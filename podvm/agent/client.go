@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -26,6 +27,7 @@ type Client struct {
 	dialer Dialer
 	// turn holds one token: who has it may dial for the RPCs.
 	turn chan struct{}
+	dog  atomic.Pointer[watchdog]
 
 	mu     sync.Mutex
 	rpc    *ttrpc.Client
@@ -102,7 +104,7 @@ func (c *Client) dialRPC(ctx context.Context, broken func(*ttrpc.Client)) (*ttrp
 		return nil, err
 	}
 	made := make(chan *ttrpc.Client, 1)
-	t := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(intercept), ttrpc.WithOnClose(func() {
+	t := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(c.intercept), ttrpc.WithOnClose(func() {
 		if broken != nil {
 			broken(<-made)
 		}
@@ -123,8 +125,24 @@ func (c *Client) Close() error {
 	return t.Close()
 }
 
-// open dials a stream, sends its header and awaits the agent's reply.
+func (c *Client) isClosed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
+// open is dial, under the eyes of the watchdog.
 func (c *Client) open(ctx context.Context, h Header) (net.Conn, error) {
+	answered := c.asked()
+	conn, err := c.dial(ctx, h)
+	if ctx.Err() == nil {
+		answered()
+	}
+	return conn, err
+}
+
+// dial dials a stream, sends its header and awaits the agent's reply.
+func (c *Client) dial(ctx context.Context, h Header) (net.Conn, error) {
 	conn, err := c.dialer.Dial(ctx, agentPort)
 	if err != nil {
 		return nil, fmt.Errorf("dial the agent: %w", err)

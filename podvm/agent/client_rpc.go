@@ -9,9 +9,14 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// intercept gives the errors of calls their errdefs kinds.
-func intercept(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, call ttrpc.Invoker) error {
-	if err := call(ctx, req, resp); err != nil {
+// intercept gives the errors of calls their errdefs kinds, and tells the watchdog of them.
+func (c *Client) intercept(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, call ttrpc.Invoker) error {
+	answered := c.asked()
+	err := call(ctx, req, resp)
+	if ctx.Err() == nil { // else who asked has given up, and nobody knows
+		answered()
+	}
+	if err != nil {
 		return fromRPC(err)
 	}
 	if resp.Status != nil && resp.Status.Code != 0 {

@@ -18,7 +18,7 @@ import (
 )
 
 // format is the version of the layout and of the manifest.
-const format = 2
+const format = 3
 
 const manifestName = "template.json"
 

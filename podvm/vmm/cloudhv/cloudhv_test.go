@@ -82,13 +82,13 @@ func TestVMMThatDiesAtStart(t *testing.T) {
 
 func TestCloneHasItsOwnPaths(t *testing.T) {
 	snapshot := `{"cpus":{"boot_vcpus":1},"memory":{"zones":[{"id":"mem0","size":268435456,"file":"/old/memory","shared":true,"hotplug_size":18446744073709551615}]},
-		"vsock":{"cid":3,"socket":"/old/vsock.sock"},"serial":{"mode":"File","file":"/old/console"},"later":{"key":[1]}}`
+		"vsock":{"cid":3,"socket":"/old/vsock.sock"},"serial":{"mode":"File","file":"/old/console"},"pmem":[{"id":"primer","file":"/old/primer","discard_writes":true}],"later":{"key":[1]}}`
 	data, err := cloneConfig([]byte(snapshot), vmm.Config{Dir: "/run/pod", Template: "/t"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	text := string(data)
-	if strings.Contains(text, "/old") || !strings.Contains(text, `"file":"/t/memory"`) || !strings.Contains(text, `"shared":false`) {
+	if strings.Contains(text, "/old") || !strings.Contains(text, `"file":"/t/memory"`) || !strings.Contains(text, `"shared":false`) || !strings.Contains(text, `"file":"/t/primer"`) {
 		t.Errorf("paths or sharing of the template: %s", text)
 	}
 	if !strings.Contains(text, `"later":{"key":[1]}`) || !strings.Contains(text, "18446744073709551615") {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -54,7 +55,10 @@ func (v *vm) boot(ctx context.Context) error {
 		return v.restore(ctx, dir)
 	}
 	if v.Config.MemoryFile != "" {
-		if err := makeMemoryFile(v.Config.MemoryFile, v.Config.Size.Memory); err != nil {
+		if err := makeSparse(v.Config.MemoryFile, v.Config.Size.Memory); err != nil {
+			return err
+		}
+		if err := makeSparse(primerPath(filepath.Dir(v.Config.MemoryFile)), pmemBlock); err != nil {
 			return err
 		}
 	}
@@ -89,15 +93,15 @@ func (v *vm) restore(ctx context.Context, dir string) (err error) {
 	return v.resume(ctx)
 }
 
-// makeMemoryFile makes the sparse file that a template's memory is in.
-func makeMemoryFile(path string, size int64) error {
+// makeSparse makes a file of a template's: of its memory, or of its primer.
+func makeSparse(path string, size int64) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	if err != nil {
-		return fmt.Errorf("memory file: %w", err)
+		return fmt.Errorf("file of the template: %w", err)
 	}
 	defer f.Close()
 	if err := f.Truncate(size); err != nil {
-		return fmt.Errorf("memory file: %w", err)
+		return fmt.Errorf("file of the template: %w", err)
 	}
 	return nil
 }
