@@ -286,19 +286,26 @@ func TestVMKilled(t *testing.T) {
 	fallen(t, d, c, "VMGone", "signal: killed")
 }
 
-// TestGuestHangs stops a VMM: its guest answers no more. What has a limit keeps it, what has none is
-// refused in time, the other pod does not notice, and the pod can be removed.
-func TestGuestHangs(t *testing.T) {
-	d := harness.Start(t)
-	c := d.RunPod().Run(images.Busybox, sleeper)
+// frozen are a container whose VMM, of this process number, is stopped, and one of another pod.
+func frozen(t *testing.T, d *harness.Daemon) (c, other *harness.Container, pid int) {
+	t.Helper()
+	c = d.RunPod().Run(images.Busybox, sleeper)
 	pids := vms(t)
 	if len(pids) != 1 {
 		t.Fatalf("VMs %v, want one process per pod", pids)
 	}
-	other := d.RunPod().Run(images.Busybox, sleeper)
+	other = d.RunPod().Run(images.Busybox, sleeper)
 	if err := unix.Kill(pids[0], unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	return c, other, pids[0]
+}
+
+// TestGuestHangs stops a VMM: its guest answers no more. What has a limit keeps it, what has none is
+// refused in time, the other pod does not notice, and the pod can be removed.
+func TestGuestHangs(t *testing.T) {
+	d := harness.Start(t)
+	c, other, _ := frozen(t, d)
 	start := time.Now()
 	if _, err := c.TryExec(2, "true"); err == nil {
 		t.Error("an exec in a stopped guest succeeded")
@@ -318,7 +325,7 @@ func TestGuestHangs(t *testing.T) {
 		t.Errorf("removal took %v", took)
 	}
 	// Nor does a daemon that is started over a VMM that hangs get an answer.
-	pids = vms(t)
+	pids := vms(t)
 	if len(pids) != 1 {
 		t.Fatalf("VMs %v, want that of the other pod", pids)
 	}
@@ -336,20 +343,12 @@ func TestGuestHangs(t *testing.T) {
 // TestWatchdog has a guest stop for good, which nobody sees before somebody waits for it.
 func TestWatchdog(t *testing.T) {
 	d := harness.Start(t, func(c *harness.Config) { c.VM.Watchdog = "8s" })
-	c := d.RunPod().Run(images.Busybox, sleeper)
-	stopped := vms(t)
-	if len(stopped) != 1 {
-		t.Fatalf("VMs %v, want one", stopped)
-	}
-	other := d.RunPod().Run(images.Busybox, sleeper)
-	if err := unix.Kill(stopped[0], unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	c, other, stopped := frozen(t, d)
 	if _, err := c.TryExec(1, "true"); err == nil {
 		t.Error("an exec in a stopped guest succeeded")
 	}
 	fallen(t, d, c, "Unreachable", "answered nothing for 8s")
-	if left := vms(t); len(left) != 1 || left[0] == stopped[0] {
+	if left := vms(t); len(left) != 1 || left[0] == stopped {
 		t.Errorf("VMs %v, want the other one", left)
 	}
 	if out := other.Exec("echo", "afloat"); out != "afloat\n" {

@@ -47,13 +47,16 @@ func (p *Pod) machineEnded(v vmm.VM) {
 // hung ends a pod whose guest does not answer any more. Nobody can tell what runs there, so that its VM must
 // be gone before its containers are told to have ended.
 func (p *Pod) hung(v vmm.VM, limit time.Duration) {
-	message := fmt.Sprintf("the guest has answered nothing for %v (vm.watchdog): its VM was killed", limit)
+	message := fmt.Sprintf("the guest has answered nothing for %v (vm.watchdog)", limit)
 	if !p.fall("Unreachable", message) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), eraseLimit)
 	defer cancel()
-	p.note("kill a VM whose guest does not answer", v.Kill(ctx))
+	if err := v.Kill(ctx); err != nil { // they may run on: it is for Stop to try again
+		slog.Error("kill a VM whose guest does not answer", "pod", p.id, "err", err)
+		return
+	}
 	p.collapse("Unreachable", message)
 }
 

@@ -125,12 +125,6 @@ func (c *Client) Close() error {
 	return t.Close()
 }
 
-func (c *Client) isClosed() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.closed
-}
-
 // open is dial, under the eyes of the watchdog.
 func (c *Client) open(ctx context.Context, h Header) (net.Conn, error) {
 	answered := c.asked()

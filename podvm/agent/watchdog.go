@@ -15,9 +15,9 @@ type watchdog struct {
 	asking atomic.Bool
 }
 
-// Guard calls hung once the guest has answered nothing for that long, since it was asked for something: no
-// call, and no new stream. It is called again when that goes on. What it does not answer in time is not
-// its end: of calls that take long it is asked between times whether it is there.
+// Guard calls hung once the guest has answered nothing for limit: not what it was asked for, nor the new
+// stream by which it is then asked whether it is there. A call that takes long is thus no silence. hung is
+// called again for what is asked later, until Close.
 func (c *Client) Guard(limit time.Duration, hung func()) {
 	c.dog.Store(&watchdog{client: c, limit: limit, hung: hung})
 }
@@ -44,8 +44,8 @@ func (w *watchdog) ask() {
 	ctx, cancel := context.WithTimeout(context.Background(), w.limit-w.limit/2)
 	defer cancel()
 	for {
-		if w.client.isClosed() {
-			return
+		if _, err := w.client.current(); err != nil {
+			return // it is closed
 		}
 		if conn, err := w.client.dial(ctx, Header{Kind: KindRPC}); err == nil {
 			conn.Close()
