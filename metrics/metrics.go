@@ -29,6 +29,8 @@ var (
 		"Time that the phases of a pod's start took; phases overlap, \"total\" is all of it.", []string{"phase"}, exponential}
 	starts = family{"caisson_pod_starts_total", "counter",
 		"Pods that have started, by what their VM was when it was asked for: warm (it ran already), clone (of a template) or boot.", []string{"origin"}, nil}
+	losses = family{"caisson_pod_losses_total", "counter",
+		"Pods that lost their VM although nobody asked for it, by reason: VMGone (it ended) or Unreachable (its guest did not answer). The log says more.", []string{"reason"}, nil}
 	pulls = family{"caisson_image_pull_duration_seconds", "histogram",
 		"Time that image pulls took, by result: ok, cached (only the manifest was fetched) or error.", []string{"result"}, minutes}
 	downloaded = family{"caisson_image_download_bytes_total", "counter",
@@ -60,7 +62,7 @@ var (
 
 // families is all of them, in the order of docs/METRICS.md.
 var families = []family{
-	calls, phases, starts, pods, containers, vmmMemory, vmmCPU, pulls, downloaded, images, storeBytes, templates, templateBytes, warm, fallbacks, build,
+	calls, phases, starts, losses, pods, containers, vmmMemory, vmmCPU, pulls, downloaded, images, storeBytes, templates, templateBytes, warm, fallbacks, build,
 }
 
 // Buckets in seconds.
@@ -81,11 +83,20 @@ func (f family) counter() prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{Name: f.name, Help: f.help})
 }
 
+// counters is a counter for each value of the family's one label, all of which are there from the start.
+func (f family) counters(values ...string) *prometheus.CounterVec {
+	v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: f.name, Help: f.help}, f.labels)
+	for _, value := range values {
+		v.WithLabelValues(value)
+	}
+	return v
+}
+
 // Metrics counts what happens. Its methods may be called concurrently.
 type Metrics struct {
 	registry              *prometheus.Registry
 	calls, phases, pulls  *prometheus.HistogramVec
-	starts                *prometheus.CounterVec
+	starts, losses        *prometheus.CounterVec
 	downloaded, fallbacks prometheus.Counter
 }
 
@@ -95,14 +106,11 @@ func New(version, driver, guest string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		calls:    calls.histogram(), phases: phases.histogram(), pulls: pulls.histogram(),
 		downloaded: downloaded.counter(), fallbacks: fallbacks.counter(),
-		starts: prometheus.NewCounterVec(prometheus.CounterOpts{Name: starts.name, Help: starts.help}, starts.labels),
+		starts: starts.counters("warm", "clone", "boot"), losses: losses.counters("VMGone", "Unreachable"),
 	}
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: build.name, Help: build.help}, build.labels)
 	info.WithLabelValues(version, driver, guest).Set(1)
-	for _, origin := range []string{"warm", "clone", "boot"} {
-		m.starts.WithLabelValues(origin)
-	}
-	m.registry.MustRegister(m.calls, m.phases, m.starts, m.pulls, m.downloaded, m.fallbacks, info,
+	m.registry.MustRegister(m.calls, m.phases, m.starts, m.losses, m.pulls, m.downloaded, m.fallbacks, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -143,3 +151,6 @@ func (m *Metrics) ObserveStart(origin string, all []podvm.Phase) {
 
 // ObserveFallback counts a pod that was booted cold although it should have been a clone.
 func (m *Metrics) ObserveFallback() { m.fallbacks.Inc() }
+
+// ObserveLoss counts a pod that lost its VM.
+func (m *Metrics) ObserveLoss(reason string) { m.losses.WithLabelValues(reason).Inc() }

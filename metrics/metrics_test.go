@@ -39,6 +39,7 @@ func filled() *Metrics {
 	m.ObservePull(imagestore.PullResult{Downloaded: 7, Took: time.Second})
 	m.ObservePull(imagestore.PullResult{Err: errors.New("no")})
 	m.ObserveFallback()
+	m.ObserveLoss("VMGone")
 	m.Collect(Sources{
 		Pods: func() []podvm.PodStatus {
 			return []podvm.PodStatus{
@@ -67,6 +68,8 @@ func TestScrape(t *testing.T) {
 		`caisson_image_download_bytes_total 7`,
 		`caisson_images 3`,
 		`caisson_template_fallbacks_total 1`,
+		`caisson_pod_losses_total{reason="VMGone"} 1`,
+		`caisson_pod_losses_total{reason="Unreachable"} 0`,
 		`caisson_build_info{driver="qemu",guest="g1",version="v1"} 1`,
 	} {
 		if !strings.Contains(text, want+"\n") {

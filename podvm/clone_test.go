@@ -31,7 +31,7 @@ func (o *oneTemplate) Worked(string)                                    { o.work
 func (o *oneTemplate) Disk(dir string) string                           { return filepath.Join(dir, "disk.img") }
 
 // starts counts what metrics are told.
-type starts struct{ all, warm, fallbacks atomic.Int32 }
+type starts struct{ all, warm, fallbacks, gone, unreachable atomic.Int32 }
 
 func (s *starts) ObserveStart(origin string, _ []Phase) {
 	s.all.Add(1)
@@ -40,6 +40,14 @@ func (s *starts) ObserveStart(origin string, _ []Phase) {
 	}
 }
 func (s *starts) ObserveFallback() { s.fallbacks.Add(1) }
+func (s *starts) ObserveLoss(reason string) {
+	switch reason {
+	case "VMGone":
+		s.gone.Add(1)
+	case "Unreachable":
+		s.unreachable.Add(1)
+	}
+}
 
 func cloningNode(t *testing.T) (*node, *oneTemplate, *starts) {
 	n, template, seen := newNode(t), &oneTemplate{dir: t.TempDir()}, &starts{}

@@ -55,6 +55,9 @@ type Observer interface {
 	// ObserveStart is called when a pod has started, of "warm", "clone" or "boot".
 	ObserveStart(origin string, phases []Phase)
 	ObserveFallback()
+	// ObserveLoss is called when a pod lost its VM: "VMGone", it ended, or "Unreachable", its guest did not
+	// answer.
+	ObserveLoss(reason string)
 }
 
 // Options are what a Manager is made of.

@@ -241,24 +241,25 @@ func (p *Pod) quiesce(ctx context.Context) {
 	group.Wait()
 }
 
-// killMachine ends the VM, also one that only a former daemon knew.
+// killMachine ends the VM on purpose and gives back what it had of the node.
 func (p *Pod) killMachine(ctx context.Context) error {
 	p.mu.Lock()
 	p.leaving = true
-	v := p.vm
 	p.mu.Unlock()
 	p.letGo()
-	var err error
-	if v != nil {
-		err = v.Kill(ctx)
-	} else { // its VMM may live and answer nobody
-		err = process.KillIn(ctx, p.m.layout.run(p.id))
-	}
-	if err != nil {
+	if err := p.endVM(ctx); err != nil {
 		return fmt.Errorf("kill its VM: %w", err)
 	}
 	p.setMachine(nil)
 	return p.release(ctx)
+}
+
+// endVM ends the VM, also one that only a former daemon knew. It is idempotent.
+func (p *Pod) endVM(ctx context.Context) error {
+	if v := p.machine(); v != nil {
+		return v.Kill(ctx)
+	}
+	return process.KillIn(ctx, p.m.layout.run(p.id)) // its VMM may live and answer nobody
 }
 
 // letGo ends what follows the VM, and waits for nothing.

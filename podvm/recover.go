@@ -78,11 +78,15 @@ func (m *Manager) recoverPod(ctx context.Context, id string) {
 	}
 	m.register(p)
 	if r.Stage != ready {
-		p.endContainers(r.Reason, r.Message)
+		p.bury() // whoever let it fall may have died before its VM did
 		return
 	}
 	if err := p.reattach(ctx); err != nil {
-		p.lost(err)
+		reason := "Unreachable"
+		if errors.Is(err, vmm.ErrGone) {
+			reason = "VMGone"
+		}
+		p.collapse(reason, printable(err.Error()))
 	}
 }
 
@@ -223,18 +227,6 @@ func (p *Pod) resumeVolumes() {
 			p.m.syncer.changed(path) // it may have changed meanwhile
 		}
 	}
-}
-
-// lost records that a pod's VM is gone, or can't be reached.
-func (p *Pod) lost(err error) {
-	reason := "Unreachable"
-	if errors.Is(err, vmm.ErrGone) {
-		reason = "VMGone"
-	}
-	message := printable(err.Error())
-	p.fall(reason, message)
-	p.letGo()
-	p.endContainers(reason, message)
 }
 
 // sweep removes what belongs to no pod.

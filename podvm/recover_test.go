@@ -155,7 +155,7 @@ func TestRecoverHalfMade(t *testing.T) {
 }
 
 // TestRecoverVMMHangs has VMMs that live and answer nobody, of a pod that was ready, of one that was
-// half-made, and of none: the first is not ready and can be removed, the others are ended.
+// half-made, and of none: all are ended, and the first shows as not ready.
 func TestRecoverVMMHangs(t *testing.T) {
 	n := newNode(t)
 	p := n.pod(podConfig("web"))
@@ -176,8 +176,8 @@ func TestRecoverVMMHangs(t *testing.T) {
 		}
 		n.driver.Fail("Attach", errInjected)
 	})
+	n.until("the VMs are ended", func() bool { return len(n.driver.VMs()) == 0 })
 	for _, id := range []string{half, none} {
-		n.until("its VM is ended", func() bool { return len(n.driver.VMs()) == 1 })
 		n.isGone(id)
 	}
 	q := n.again(p.ID())
@@ -191,6 +191,32 @@ func TestRecoverVMMHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := q.Remove(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	n.nothingLeft()
+}
+
+// TestRecoverFallen has the daemon die after it recorded that a pod fell, and before it ended its VM.
+func TestRecoverFallen(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("main"))
+	n.restart(func() {
+		r := p.record.now()
+		r.Stage, r.Reason, r.Message = stopped, "Unreachable", "it answered nothing"
+		if err := state.Write(n.layout.record(p.ID()), r); err != nil {
+			t.Fatal(err)
+		}
+	})
+	n.until("its VM is ended", func() bool { return len(n.driver.VMs()) == 0 })
+	d, err := n.Manager.Container(c.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := d.Status(); s.State != Exited || s.Reason != "Unreachable" || s.Message != "it answered nothing" {
+		t.Errorf("its container: %+v", s)
+	}
+	if err := n.again(p.ID()).Remove(soon(t)); err != nil {
 		t.Fatal(err)
 	}
 	n.nothingLeft()

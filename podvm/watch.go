@@ -17,7 +17,7 @@ import (
 func (p *Pod) follow(listed func(unknown []string)) {
 	v := p.machine()
 	if limit := p.m.o.Watchdog; limit > 0 {
-		p.client.Guard(limit, func() { p.hung(v, limit) })
+		p.client.Guard(limit, func() { p.hung(limit) })
 	}
 	p.tasks.start(func(ctx context.Context) { p.watchAgent(ctx, listed) })
 	p.tasks.start(func(ctx context.Context) {
@@ -29,50 +29,61 @@ func (p *Pod) follow(listed func(unknown []string)) {
 	})
 }
 
-// lastWords is how long, after the end of a VM, what was received of its output may take to get into
-// the logs.
-const lastWords = 300 * time.Millisecond
-
 // machineEnded handles a VM that ended although nobody asked it to.
 func (p *Pod) machineEnded(v vmm.VM) {
 	message := "the VM has ended"
 	if err := v.Info().Err; err != nil {
 		message = printable(err.Error())
 	}
-	if p.fall("VMGone", message) {
-		p.collapse("VMGone", message)
-	}
+	p.collapse("VMGone", message)
 }
 
-// hung ends a pod whose guest does not answer any more. Nobody can tell what runs there, so that its VM must
-// be gone before its containers are told to have ended.
-func (p *Pod) hung(v vmm.VM, limit time.Duration) {
-	message := fmt.Sprintf("the guest has answered nothing for %v (vm.watchdog)", limit)
-	if !p.fall("Unreachable", message) {
+// hung handles a VM whose guest does not answer any more.
+func (p *Pod) hung(limit time.Duration) {
+	p.collapse("Unreachable", fmt.Sprintf("the guest has answered nothing for %v (vm.watchdog)", limit))
+}
+
+// collapse makes a ready pod one that is not, for a reason that nobody asked for, and ends what is in
+// it.
+func (p *Pod) collapse(reason, message string) {
+	if !p.fall(reason, message) {
 		return
 	}
+	p.bury()
+	p.m.events.send(Event{Kind: EventStopped, Pod: p.Status()})
+}
+
+// lastWords is how long, after the end of a VM, what was received of its output may take to get into
+// the logs.
+const lastWords = 300 * time.Millisecond
+
+// bury ends what is in a pod that fell. Nobody can tell what runs in a guest that does not answer, so that
+// its VM is gone before its containers are told to have ended.
+func (p *Pod) bury() {
 	ctx, cancel := context.WithTimeout(context.Background(), eraseLimit)
 	defer cancel()
-	if err := v.Kill(ctx); err != nil { // they may run on: it is for Stop to try again
-		slog.Error("kill a VM whose guest does not answer", "pod", p.id, "err", err)
+	if err := p.endVM(ctx); err != nil { // they may run on: it is for Stop to try again
+		slog.Error("end the VM of a pod that fell", "pod", p.id, "err", err)
 		return
 	}
-	p.collapse("Unreachable", message)
+	if p.machine() != nil { // its output was followed
+		p.awaitLogs()
+	}
+	r := p.record.now()
+	p.endContainers(r.Reason, r.Message)
+	p.letGo()
 }
 
-// collapse ends what was in a pod that fell.
-func (p *Pod) collapse(reason, message string) {
-	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
-	defer cancel()
+// awaitLogs waits for the last words.
+func (p *Pod) awaitLogs() {
+	limit := time.After(lastWords)
 	for _, c := range p.Containers() {
 		select {
 		case <-c.logged:
-		case <-ctx.Done():
+		case <-limit:
+			return
 		}
 	}
-	p.endContainers(reason, message)
-	p.letGo()
-	p.m.events.send(Event{Kind: EventStopped, Pod: p.Status()})
 }
 
 // fall makes a ready pod one that is not, for a reason that nobody asked for. It returns false where
@@ -94,6 +105,9 @@ func (p *Pod) fall(reason, message string) bool {
 	p.note("record that a pod fell", err)
 	if changed {
 		slog.Error("pod fell", "pod", p.id, "reason", reason, "message", message)
+		if o := p.m.o.Observer; o != nil {
+			o.ObserveLoss(reason)
+		}
 	}
 	return changed
 }

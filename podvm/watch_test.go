@@ -17,7 +17,9 @@ import (
 
 // TestVMEnds kills the VM under a running pod.
 func TestVMEnds(t *testing.T) {
-	n := newNode(t)
+	n, seen := newNode(t), &starts{}
+	n.starts = seen
+	n.restart(nil)
 	config := podConfig("web")
 	config.LogDir = filepath.Join(n.dir, "logs")
 	p := n.pod(config)
@@ -50,6 +52,9 @@ func TestVMEnds(t *testing.T) {
 	if err := created.Start(soon(t)); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("start: %v", err)
 	}
+	if gone, unreachable := seen.gone.Load(), seen.unreachable.Load(); gone != 1 || unreachable != 0 {
+		t.Errorf("told of %d that ended, %d that did not answer", gone, unreachable)
+	}
 	n.restart(nil)
 	q, err := n.Pod(p.ID())
 	if err != nil {
@@ -69,8 +74,8 @@ func TestVMEnds(t *testing.T) {
 
 // TestGuestAnswersNothing: who waits for such a guest finds out, also by calls that are given up early.
 func TestGuestAnswersNothing(t *testing.T) {
-	n := newNode(t)
-	n.watchdog = 200 * time.Millisecond
+	n, seen := newNode(t), &starts{}
+	n.watchdog, n.starts = 200*time.Millisecond, seen
 	n.restart(nil)
 	p := n.pod(podConfig("web"))
 	c := n.running(p, containerConfig("c"))
@@ -95,6 +100,9 @@ func TestGuestAnswersNothing(t *testing.T) {
 	}
 	if all := n.driver.VMs(); len(all) > 0 {
 		t.Errorf("%d VMs run on", len(all))
+	}
+	if gone, unreachable := seen.gone.Load(), seen.unreachable.Load(); gone != 0 || unreachable != 1 {
+		t.Errorf("told of %d that ended, %d that did not answer", gone, unreachable)
 	}
 	if err := p.Remove(soon(t)); err != nil {
 		t.Error(err)
