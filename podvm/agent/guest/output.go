@@ -306,7 +306,7 @@ func (a *Agent) output(c net.Conn, h agent.Header) error {
 		defer cancel()
 		acknowledge(c, k.out)
 	}()
-	buf := make([]byte, 0, sendMax)
+	var buf []byte
 	for {
 		buf, err = r.next(ctx, buf[:0])
 		if errors.Is(err, io.EOF) {

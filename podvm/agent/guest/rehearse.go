@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
+	"runtime/debug"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/containerd/errdefs"
@@ -122,9 +124,27 @@ func (a *Agent) settle(c *container) error {
 	if err := unix.Syncfs(int(dir.Fd())); err != nil {
 		return err
 	}
-	// A clone is to begin with no garbage of the rehearsal's.
-	runtime.GC()
+	collectLate()
 	return nil
+}
+
+// garbageMax is how much more memory the agent of a clone may have before it collects garbage, in bytes: it is
+// what Go lets a small program have.
+const garbageMax = 2 << 20
+
+// collectLate collects the garbage of the rehearsal, and has the next collection wait until there is some. Go
+// collects every two minutes otherwise, for which a clone copies most of the agent's memory.
+func collectLate() {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(int64(m.Sys-m.HeapReleased) + garbageMax)
+	type sentinel struct{ _ *byte } // of a kind that is not allocated together with others
+	runtime.AddCleanup(new(sentinel), func(struct{}) {
+		debug.SetGCPercent(100)
+		debug.SetMemoryLimit(math.MaxInt64)
+	}, struct{}{})
 }
 
 // await waits for an event or the end of ctx.

@@ -137,14 +137,23 @@ func (s *stdio) ended() {
 
 const terminalRest = 200 * time.Millisecond
 
+// The sizes of what is read at once, in bytes.
+const (
+	pieceMin = 1 << 10
+	pieceMax = 32 << 10
+)
+
 // read passes on all that the process writes to one of its outputs, in pieces of at most a frame,
 // until its end, or until ended was called and nothing is left.
 func read(f *os.File, pass func([]byte) error) {
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, pieceMin) // most say little, and a clone copies what is touched
 	for {
 		n, err := f.Read(buf)
 		if n > 0 && pass(buf[:n]) != nil {
 			return
+		}
+		if n == len(buf) && n < pieceMax {
+			buf = make([]byte, pieceMax)
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			readRest(f, buf, pass)

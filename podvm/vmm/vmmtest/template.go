@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -37,13 +38,15 @@ func (s *suite) template(t *testing.T) {
 		t.Fatal(err)
 	}
 	var cold time.Duration
+	launched := time.Now()
 	t.Run("Snapshot", func(t *testing.T) { cold = s.snapshot(t, d, dir, memory) })
+	age := time.Since(launched)
 	if t.Failed() {
 		return
 	}
 	before := digest(t, memory)
 	t.Run("Speed", func(t *testing.T) { s.speed(t, d, dir, cold) })
-	t.Run("Clones", func(t *testing.T) { s.clones(t, d, dir) })
+	t.Run("Clones", func(t *testing.T) { s.clones(t, d, dir, age) })
 	t.Run("Attach", func(t *testing.T) { s.attachClone(t, dir) })
 	if digest(t, memory) != before {
 		t.Error("clones wrote to their template's memory")
@@ -144,10 +147,13 @@ type clone struct {
 	guest  *guest
 	random map[string]string
 	mark   []byte
+	// uptime is what its guest said, and took how long it had run then.
+	uptime, took time.Duration
 }
 
-// clones runs several at once, which must not have anything in common that is secret.
-func (s *suite) clones(t *testing.T, d vmm.Driver, dir string) {
+// clones runs several at once, which must not have anything in common that is secret. age is how old the guest
+// was, at most, of which the snapshot was made: their clocks go on from there.
+func (s *suite) clones(t *testing.T, d vmm.Driver, dir string, age time.Duration) {
 	all := make([]*clone, clones)
 	var group sync.WaitGroup
 	for i := range all {
@@ -165,6 +171,9 @@ func (s *suite) clones(t *testing.T, d vmm.Driver, dir string) {
 	}
 	seen := map[string]string{}
 	for _, c := range all {
+		if oldest := age + c.took; c.uptime > oldest {
+			t.Errorf("%s says that it has been up for %v, but can't have been for longer than %v: its clock jumped", c.config.ID, c.uptime, oldest)
+		}
 		for source, value := range c.random {
 			if other := seen[value]; value == "" || other != "" {
 				t.Errorf("%s of %s is %q, the same as %s", source, c.config.ID, value, other)
@@ -204,7 +213,7 @@ const markPath = "/dev/shm/mark"
 // run starts the clone, reads the random sources of its guest, and writes to its memory. Its VM ends
 // with the test.
 func (c *clone) run(t *testing.T, d vmm.Driver, image string) (err error) {
-	ctx := limited(t, bootLimit)
+	begin, ctx := time.Now(), limited(t, bootLimit)
 	c.vm, err = d.Launch(ctx, c.config)
 	c.wire.tap.Close() // the VM has its own
 	if err != nil {
@@ -230,9 +239,9 @@ func (c *clone) run(t *testing.T, d vmm.Driver, image string) (err error) {
 	if err := c.guest.reached(ctx, c.wire, &agent.Interface{Name: "eth0", CardMac: vmm.CardMAC, Mac: "02:00:00:00:00:09"}); err != nil {
 		return err
 	}
-	var text []byte
-	if err := call(ctx, c.guest.Client, "Read", Span{Path: devicePath, Size: len(diskText)}, &text); err != nil || !bytes.Equal(text, diskText) {
-		return fmt.Errorf("its disk has %q: %w", text, errors.Join(err, errdefs.ErrDataLoss))
+	var disk []byte
+	if err := call(ctx, c.guest.Client, "Read", Span{Path: devicePath, Size: len(diskText)}, &disk); err != nil || !bytes.Equal(disk, diskText) {
+		return fmt.Errorf("its disk has %q: %w", disk, errors.Join(err, errdefs.ErrDataLoss))
 	}
 	if err := call(ctx, c.guest.Client, "Write", Span{Path: devicePath, Offset: mib, Data: c.mark}, &struct{}{}); err != nil {
 		return err
@@ -253,6 +262,15 @@ func (c *clone) run(t *testing.T, d vmm.Driver, image string) (err error) {
 			return err
 		}
 		c.random[path] = fmt.Sprintf("%x", data)
+	}
+	text, err := c.guest.text(ctx, "/proc/uptime")
+	if err != nil {
+		return err
+	}
+	c.took = time.Since(begin)
+	seconds, _, _ := strings.Cut(text, " ")
+	if c.uptime, err = time.ParseDuration(seconds + "s"); err != nil {
+		return err
 	}
 	return call(ctx, c.guest.Client, "Write", Span{Path: markPath, Data: c.mark}, &struct{}{})
 }
