@@ -77,16 +77,15 @@ func (m *Manager) recoverPod(ctx context.Context, id string) {
 		slog.Error("records of containers", "pod", id, "err", err)
 	}
 	m.register(p)
-	if r.Stage != ready {
-		p.bury() // whoever let it fall may have died before its VM did
-		return
-	}
-	if err := p.reattach(ctx); err != nil {
-		reason := "Unreachable"
-		if errors.Is(err, vmm.ErrGone) {
-			reason = "VMGone"
+	switch {
+	case r.Down:
+		p.endContainers(r.Reason, r.Message)
+	case r.Stage != ready: // whoever let it fall may have died before its VM did
+		p.bury()
+	default:
+		if err := p.reattach(ctx); err != nil {
+			p.lost(err)
 		}
-		p.collapse(reason, printable(err.Error()))
 	}
 }
 
@@ -227,6 +226,15 @@ func (p *Pod) resumeVolumes() {
 			p.m.syncer.changed(path) // it may have changed meanwhile
 		}
 	}
+}
+
+// lost handles a VM that is gone, or can't be reached.
+func (p *Pod) lost(err error) {
+	reason := "Unreachable"
+	if errors.Is(err, vmm.ErrGone) {
+		reason = "VMGone"
+	}
+	p.collapse(reason, printable(err.Error()))
 }
 
 // sweep removes what belongs to no pod.
