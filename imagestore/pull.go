@@ -193,7 +193,7 @@ func (s *Store) commit(m *remote, raw []byte, length int64) (Image, error) {
 	r := &record{Version: recordVersion, ID: m.config, Length: length, Config: raw, Pulled: time.Now()}
 	i, err := s.name(r, m)
 	if err != nil {
-		return Image{}, s.explain(err, m, 0)
+		return Image{}, errors.Join(s.explain(err, m, 0), s.deleteFiles(m.config))
 	}
 	return i, nil
 }

@@ -86,15 +86,24 @@ func (s *Store) prepare() error {
 		return fmt.Errorf("image store %s is in use by another process; stop it, or choose another root: %w", s.o.Root, errdefs.ErrFailedPrecondition)
 	}
 	s.lock = lock
-	if err := os.RemoveAll(s.staging); err != nil {
-		s.Close()
-		return fmt.Errorf("open image store: %w", err)
-	}
-	if err := os.Mkdir(s.staging, 0o700); err != nil {
+	if err := empty(s.staging); err != nil {
 		s.Close()
 		return fmt.Errorf("open image store: %w", err)
 	}
 	return nil
+}
+
+// empty makes a directory that has nothing in it. One that is there is kept: on a full disk there may be no
+// room for another.
+func empty(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return os.Mkdir(dir, 0o700)
+	}
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return err
 }
 
 // Close ends the pulls under way and lets another process open the root. There must be no new calls

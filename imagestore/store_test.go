@@ -276,3 +276,23 @@ func TestRecordSurvives(t *testing.T) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }
+
+// TestRecordOfImageFails: of a pull whose record can't be written, as on a disk that is full by now, nothing is
+// left.
+func TestRecordOfImageFails(t *testing.T) {
+	r, s := newTestRegistry(t), newStore(t)
+	r.push("a", small("x"))
+	got := mustPull(t, s, r.host+"/a:1")
+	if err := s.Remove(t.Context(), got.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(s.recordPath(digest.Digest(got.ID)), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Pull(t.Context(), r.host+"/a:1", nil); err == nil {
+		t.Fatal("the image was pulled, and has no record")
+	}
+	if left := leftovers(t, s); left != "" || len(s.Images()) > 0 {
+		t.Errorf("there are %d images, and %s", len(s.Images()), left)
+	}
+}

@@ -50,6 +50,10 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	if err != nil {
 		return nil, err
 	}
+	// What an earlier call has attached, and could not record, would be unknown to the next daemon.
+	if err := p.record.settle(); err != nil {
+		return nil, err
+	}
 	now := time.Now()
 	n := newContainer{Pod: p, stopwatch: stopwatch{began: now}, record: containerRecord{
 		ID: newID(), Pod: p.id, Config: config, State: Created, Created: now, WriteBack: map[string]string{},

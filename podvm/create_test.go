@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/caisson-vm/caisson/podvm/state"
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
@@ -247,5 +248,38 @@ func TestUpdatePod(t *testing.T) {
 	}
 	if r := p.Status().Config.Resources; r.Memory != 1<<30 {
 		t.Errorf("what was refused is recorded: %+v", r)
+	}
+}
+
+// TestRecordBehind: what a creation attached to the VM, and could not record, is recorded before the next one
+// succeeds: the next daemon would take it for nobody's.
+func TestRecordBehind(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	c := containerConfig("main")
+	c.Mounts = []Mount{{HostPath: resolved(t), ContainerPath: "/m"}}
+	path := n.layout.record(p.ID())
+	block := func() error { // as a full disk does
+		return errors.Join(os.Rename(path, path+".kept"), os.MkdirAll(filepath.Join(path, "x"), 0o700))
+	}
+	free := func() error { return errors.Join(os.RemoveAll(path), os.Rename(path+".kept", path)) }
+	if err := block(); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if _, err := p.Create(soon(t), c); err == nil {
+			t.Fatal("a container is there of which the record knows nothing")
+		}
+	}
+	if err := free(); err != nil {
+		t.Fatal(err)
+	}
+	n.container(p, c)
+	var r podRecord
+	if err := state.Read(path, &r); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Disks) != 1 || len(r.Shares) != 1 {
+		t.Errorf("the record has the disks %v, the directories %v", r.Disks, r.Shares)
 	}
 }

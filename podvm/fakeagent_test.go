@@ -65,6 +65,28 @@ func (a *fakeAgent) answered() int {
 	return a.streams
 }
 
+// silence leaves new streams without an answer, until speak is called.
+func (a *fakeAgent) silence() (speak func()) {
+	a.do(func() { a.silent = true })
+	return func() { a.do(func() { a.silent = false }) }
+}
+
+// untilSpoken returns when a stream may be answered.
+func (a *fakeAgent) untilSpoken() {
+	for {
+		a.mu.Lock()
+		silent, changed := a.silent, a.changed
+		if !silent {
+			a.streams++
+		}
+		a.mu.Unlock()
+		if !silent {
+			return
+		}
+		<-changed
+	}
+}
+
 // call notes a call, and returns the error that it is to have.
 func (a *fakeAgent) call(method string) error {
 	a.mu.Lock()
@@ -126,16 +148,7 @@ func (a *fakeAgent) serve(conn net.Conn) {
 	if agent.ReadMessage(conn, &h) != nil {
 		return
 	}
-	var silent bool
-	a.do(func() {
-		if silent = a.silent; !silent {
-			a.streams++
-		}
-	})
-	if silent {
-		io.Copy(io.Discard, conn)
-		return
-	}
+	a.untilSpoken()
 	if h.Kind == agent.KindOutput {
 		a.sendOutput(conn, h)
 		return

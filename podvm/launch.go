@@ -60,7 +60,7 @@ func (b *birth) putBack(ctx context.Context, cause error) error {
 	cause = b.explain(cause)
 	slog.Warn("a warm clone is taken back, and the pod gets another VM", "pod", b.id, "err", cause)
 	b.client.Close() // an error is that of a stream which is of no use any more
-	if err := b.retract(context.WithoutCancel(ctx)); err != nil {
+	if err := b.retract(ctx); err != nil {
 		return errors.Join(cause, err)
 	}
 	b.client = agent.NewClient(b.Pod)
@@ -171,17 +171,17 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 		o.Templates.Failed(c.Template)
 	}
 	b.config = cold
-	return errors.Join(err, b.retract(context.WithoutCancel(ctx)))
+	return errors.Join(err, b.retract(ctx))
 }
 
-// retract takes back a VM that was launched, so that another one can be.
+// retract takes back a VM that was launched, or may have been, so that another one can be.
 func (b *birth) retract(ctx context.Context) error {
-	if v := b.machine(); v != nil {
-		if err := v.Kill(ctx); err != nil {
-			return fmt.Errorf("kill the clone: %w", err)
-		}
-		b.setMachine(nil)
+	ctx, cancel := operation(ctx, eraseLimit)
+	defer cancel()
+	if err := b.endVM(ctx); err != nil {
+		return fmt.Errorf("kill the clone: %w", err)
 	}
+	b.setMachine(nil)
 	run := b.m.layout.run(b.id)
 	if err := errors.Join(remove(b.config.Disk.Path), os.RemoveAll(run), os.Mkdir(run, 0o700)); err != nil {
 		return err

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/caisson-vm/caisson/imagestore"
 	"github.com/caisson-vm/caisson/network"
@@ -95,8 +96,10 @@ type Manager struct {
 	syncer  *syncer
 	events  broker
 	pool    *pool
-	// patience is answerLimit.
-	patience time.Duration
+	// patience is answerLimit, attach attachLimit.
+	patience, attach time.Duration
+	// paths are those of the host that are being looked up.
+	paths singleflight.Group
 
 	mu         sync.Mutex
 	pods       map[string]*Pod
@@ -130,7 +133,7 @@ const (
 // New makes a Manager. Its caller holds the locks on Root and State.
 func New(o Options) (*Manager, error) {
 	m := &Manager{
-		o: o, layout: layout{o.Root, o.State}, patience: answerLimit,
+		o: o, layout: layout{o.Root, o.State}, patience: answerLimit, attach: attachLimit,
 		pods: map[string]*Pod{}, containers: map[string]*Container{}, names: map[podName]*start{},
 	}
 	for _, dir := range []string{m.layout.pods(), o.State} {

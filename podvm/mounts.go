@@ -62,7 +62,7 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 	if !filepath.IsAbs(m.HostPath) {
 		return nil, fmt.Errorf("host path %q: want an absolute path: %w", m.HostPath, errdefs.ErrInvalidArgument)
 	}
-	path, info, err := n.hostPath(m.HostPath)
+	path, info, err := n.m.hostPath(ctx, m.HostPath)
 	if err != nil {
 		return nil, fmt.Errorf("host path: %w", err)
 	}
@@ -117,20 +117,38 @@ func mountOptions(m Mount) []string {
 	return options
 }
 
-// hostPath resolves symbolic links, and makes a directory that is missing, as containerd does.
-func (n *newContainer) hostPath(path string) (string, fs.FileInfo, error) {
+// hostFile is a path of the host without symbolic links, and what is there.
+type hostFile struct {
+	path string
+	info fs.FileInfo
+}
+
+// hostPath resolves symbolic links, and makes a directory that is missing, as containerd does. A file system
+// that does not answer, as that of a lost server, keeps one thread however often it is asked.
+func (m *Manager) hostPath(ctx context.Context, path string) (string, fs.FileInfo, error) {
+	found := m.paths.DoChan(path, func() (any, error) { return findHostFile(path) })
+	select {
+	case r := <-found:
+		f, _ := r.Val.(hostFile)
+		return f.path, f.info, r.Err
+	case <-ctx.Done():
+		return "", nil, fmt.Errorf("the file system of %s does not answer: %w", path, context.Cause(ctx))
+	}
+}
+
+func findHostFile(path string) (hostFile, error) {
 	real, err := filepath.EvalSymlinks(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := os.MkdirAll(path, 0o755); err != nil {
-			return "", nil, noSpace(err, path)
+			return hostFile{}, noSpace(err, path)
 		}
 		real, err = filepath.EvalSymlinks(path)
 	}
 	if err != nil {
-		return "", nil, err
+		return hostFile{}, err
 	}
 	info, err := os.Stat(real)
-	return real, info, err
+	return hostFile{real, info}, err
 }
 
 // setName names the copies of a host path in the guest: the same path is the same copy.

@@ -1,14 +1,20 @@
 package podvm
 
 import (
+	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/internal/hungfs"
 )
 
 // TestMountsRefused: what can't reach a VM is refused, with what to do instead.
@@ -54,5 +60,32 @@ func TestMountsRefused(t *testing.T) {
 		if _, err := p.Create(soon(t), config); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), elsewhere) {
 			t.Errorf("%s: got %v", name, err)
 		}
+	}
+}
+
+// TestHostPathHangs: a path whose file system does not answer is given up, and asking again does not begin
+// anew. Other paths are found meanwhile.
+func TestHostPathHangs(t *testing.T) {
+	dir, end := hungfs.Mount(t)
+	n := newNode(t)
+	path := filepath.Join(dir, "x")
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	before := runtime.NumGoroutine()
+	for range 5 {
+		if _, _, err := n.hostPath(short, path); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), path) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if more := runtime.NumGoroutine() - before; more > 1 {
+		t.Errorf("%d goroutines hang", more)
+	}
+	other := resolved(t)
+	if found, _, err := n.hostPath(soon(t), other); err != nil || found != other {
+		t.Errorf("another path: %q, %v", found, err)
+	}
+	end()
+	if _, _, err := n.hostPath(soon(t), path); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("after its end: %v", err)
 	}
 }

@@ -65,6 +65,20 @@ func newNode(t *testing.T) *node {
 // start starts the daemon.
 func (n *node) start() {
 	n.t.Helper()
+	n.open()
+	if err := n.Recover(soon(n.t)); err != nil {
+		n.t.Fatal(err)
+	}
+	n.pool.quiet = time.Millisecond
+	if n.patience > 0 {
+		n.Manager.patience = n.patience
+	}
+	n.Warm()
+}
+
+// open makes a daemon that has not looked for its pods yet.
+func (n *node) open() {
+	n.t.Helper()
 	root := filepath.Join(n.dir, "root")
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		n.t.Fatal(err)
@@ -88,14 +102,6 @@ func (n *node) start() {
 		n.t.Fatal(err)
 	}
 	n.Manager = m
-	if err := m.Recover(soon(n.t)); err != nil {
-		n.t.Fatal(err)
-	}
-	m.pool.quiet = time.Millisecond
-	if n.patience > 0 {
-		m.patience = n.patience
-	}
-	m.Warm()
 }
 
 // restart ends the daemon, lets something happen, and starts it again.

@@ -180,10 +180,10 @@ func (p *Pod) stop(ctx context.Context) error {
 		return nil
 	}
 	p.quiesce(ctx)
-	group, both := errgroup.WithContext(ctx)
-	group.Go(func() error { return p.killMachine(both) })
+	var group errgroup.Group // what fails does not stop a plugin in the middle
+	group.Go(func() error { return p.killMachine(ctx) })
 	group.Go(func() error {
-		return p.m.o.Network.Teardown(both, networkPod(p.id, p.record.now().Config))
+		return p.m.o.Network.Teardown(ctx, networkPod(p.id, p.record.now().Config))
 	})
 	if err := group.Wait(); err != nil {
 		return err

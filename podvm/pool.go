@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,7 +17,7 @@ import (
 // has rehearsed a container, so that most of what it will need of its template's memory it has. Which
 // pod it becomes is not known before. A start that finds none makes its own clone.
 //
-// The first of them, which is made also where none are kept, teaches the node's template what its clones write.
+// The first of them, which are made also where none are kept, teach the node's template what its clones write.
 //
 // Until then it is a pod that is being started: a daemon that dies leaves it to Recover.
 type pool struct {
@@ -99,14 +100,17 @@ func (p *pool) count() int {
 func (p *pool) take() *birth {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for len(p.ready) > 0 {
-		b := p.ready[0]
-		p.ready = p.ready[1:]
+	return p.takeLocked()
+}
+
+func (p *pool) takeLocked() *birth {
+	for i, b := range p.ready {
 		select {
-		case <-b.machine().Done(): // whoever waits for that discards it
+		case <-b.machine().Done(): // left to whoever waits for that, and discards it
 			continue
 		default:
 		}
+		p.ready = slices.Delete(p.ready, i, i+1)
 		b.began, b.phases = time.Now(), nil
 		p.want()
 		return b
@@ -199,8 +203,8 @@ func (p *pool) fill() {
 		p.teach(b)
 		if p.count() < p.size {
 			p.keep(b)
-		} else if err := b.discard(); err != nil {
-			slog.Warn("take back the clone that was to teach its template: the next start of the daemon tries again", "pod", b.id, "err", err)
+		} else {
+			p.putAway(b)
 		}
 	}
 }
@@ -217,21 +221,29 @@ func (p *pool) sleep(d time.Duration) bool {
 
 // keep adds one, and sees to its end.
 func (p *pool) keep(b *birth) {
+	v := b.machine() // a pod that takes it may have another one soon
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.ready = append(p.ready, b)
 	p.work.Go(func() {
 		select {
-		case <-b.machine().Done():
+		case <-v.Done():
 		case <-p.ctx.Done():
 			return
 		}
 		if p.drop(b) {
-			slog.Warn("a warm clone has ended", "pod", b.id, "err", b.machine().Info().Err)
-			b.discard()
+			slog.Warn("a warm clone has ended", "pod", b.id, "err", v.Info().Err)
+			p.putAway(b)
 			p.want()
 		}
 	})
+}
+
+// putAway discards a clone that nobody will have.
+func (p *pool) putAway(b *birth) {
+	if err := b.discard(); err != nil {
+		slog.Error("take back a warm clone: the next start of the daemon tries again", "pod", b.id, "err", err)
+	}
 }
 
 // drop takes out this one, if it is still there.
@@ -240,7 +252,7 @@ func (p *pool) drop(b *birth) bool {
 	defer p.mu.Unlock()
 	for i, r := range p.ready {
 		if r == b {
-			p.ready = append(p.ready[:i:i], p.ready[i+1:]...)
+			p.ready = slices.Delete(p.ready, i, i+1)
 			return true
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/state"
@@ -23,12 +24,13 @@ import (
 // After a restart this many pods are attached to at once, each within the limit.
 const (
 	attachAtOnce = 32
-	attachLimit  = 20 * time.Second
+	attachLimit  = time.Minute
 )
 
 // Recover finds what former daemons left: it attaches to VMs that run, learns what happened
 // meanwhile, takes back what was half-made, and removes what belongs to no pod. Records that it
-// can't read stay, as pods that are not ready. It is called once, before the CRI is served.
+// can't read stay, as pods that are not ready. It is called once, before the CRI is served. Where it
+// fails, because ctx has ended or the node lacks something, VMs run on, for the next daemon.
 func (m *Manager) Recover(ctx context.Context) error {
 	entries, err := os.ReadDir(m.layout.pods())
 	if err != nil {
@@ -38,9 +40,11 @@ func (m *Manager) Recover(ctx context.Context) error {
 	group.SetLimit(attachAtOnce)
 	for _, e := range entries {
 		group.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, attachLimit)
+			ctx, cancel := context.WithTimeout(ctx, m.attach)
 			defer cancel()
-			m.recoverPod(ctx, e.Name())
+			if err := m.recoverPod(ctx, e.Name()); err != nil {
+				return fmt.Errorf("recover pod %s: %w", e.Name(), err)
+			}
 			return nil
 		})
 	}
@@ -53,27 +57,32 @@ func (m *Manager) Recover(ctx context.Context) error {
 	return m.sweep(ctx)
 }
 
-// recoverPod brings back one pod. A pod that can't be is shown as not ready, with the reason.
-func (m *Manager) recoverPod(ctx context.Context, id string) {
+// recoverPod brings back one pod. A pod that can't be is shown as not ready, with the reason. An error is not
+// the pod's: it is as it was.
+func (m *Manager) recoverPod(ctx context.Context, id string) error {
 	if len(id) != 64 || !isHex(id) {
 		slog.Warn("not a pod's folder, left alone", "path", m.layout.pod(id))
-		return
+		return nil
 	}
 	var r podRecord
 	err := state.Read(m.layout.record(id), &r)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && r.Stage == starting && r.ID == id {
-		m.undoPod(ctx, id, r)
-		return
+		return m.undoPod(ctx, id, r)
 	}
 	if err == nil && r.ID != id {
 		err = fmt.Errorf("record of %s in the folder of %s", r.ID, id)
 	}
+	if isNodes(err) {
+		return err
+	}
 	if err != nil {
 		m.unreadable(id, err)
-		return
+		return nil
 	}
 	p := m.podOf(r)
-	if err := m.recoverContainers(p); err != nil {
+	if err := m.recoverContainers(p); isNodes(err) {
+		return err
+	} else if err != nil {
 		slog.Error("records of containers", "pod", id, "err", err)
 	}
 	m.register(p)
@@ -83,10 +92,26 @@ func (m *Manager) recoverPod(ctx context.Context, id string) {
 	case r.Stage != ready: // whoever let it fall may have died before its VM did
 		p.bury()
 	default:
-		if err := p.reattach(ctx); err != nil {
+		err := p.reattach(ctx)
+		if err != nil && !errors.Is(err, vmm.ErrGone) && (isNodes(err) || errors.Is(ctx.Err(), context.Canceled)) {
+			return err
+		}
+		if err != nil {
 			p.lost(err)
 		}
 	}
+	return nil
+}
+
+// isNodes tells whether an error is of what the whole node lacks: that no pod comes back for it says nothing
+// of the pods.
+func isNodes(err error) bool {
+	for _, errno := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOSPC, unix.EDQUOT} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 // unreadable shows a pod whose record can't be understood. Nothing of it is touched before the
@@ -105,16 +130,24 @@ func (m *Manager) unreadable(id string, err error) {
 	m.register(p)
 }
 
-// undoPod takes back a pod that a daemon died over.
-func (m *Manager) undoPod(ctx context.Context, id string, r podRecord) {
+// undoPod takes back a pod that a daemon died over. What can't be taken back now stays as a pod that is not
+// ready, for the kubelet to remove.
+func (m *Manager) undoPod(ctx context.Context, id string, r podRecord) error {
 	if r.ID == "" {
 		r = podRecord{ID: id, Driver: m.o.Driver.Name(), VM: m.vmConfig(id)}
 	}
-	if err := m.podOf(r).erase(ctx); err != nil {
-		slog.Error("take back a half-made pod: the next start tries again", "pod", id, "err", err)
-		return
+	p := m.podOf(r)
+	err := p.erase(ctx)
+	switch {
+	case err == nil:
+		slog.Info("half-made pod taken back", "pod", id)
+	case errors.Is(ctx.Err(), context.Canceled):
+		return err
+	default:
+		p.unfinished(errors.Join(errors.New("a daemon ended while the pod started"), err))
+		m.register(p)
 	}
-	slog.Info("half-made pod taken back", "pod", id)
+	return nil
 }
 
 func (m *Manager) recoverContainers(p *Pod) error {
@@ -139,7 +172,7 @@ func (m *Manager) recoverContainers(p *Pod) error {
 }
 
 // reattach finds the pod's VM and goes on with its containers. It returns when the agent has told
-// what happened meanwhile, and that was recorded.
+// what happened meanwhile, and that was recorded; an agent that says nothing is waited for no longer than ctx.
 func (p *Pod) reattach(ctx context.Context) error {
 	r := p.record.now()
 	driver := p.m.o.Drivers[r.Driver]
@@ -163,16 +196,31 @@ func (p *Pod) reattach(ctx context.Context) error {
 	})
 	select {
 	case unknown := <-listed:
-		p.removeUnknown(ctx, unknown)
-	case <-v.Done():
-		return nil // machineEnded tells it
+		p.found(ctx, unknown)
+	case <-v.Done(): // machineEnded tells it
 	case <-ctx.Done():
-		return fmt.Errorf("its agent does not answer: %w", ctx.Err())
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return ctx.Err()
+		}
+		// Whether it hangs is for vm.watchdog to say.
+		slog.Warn("the guest of a pod does not answer the new daemon yet", "pod", p.id, "waited", p.m.attach)
+		p.tasks.start(func(ctx context.Context) {
+			select {
+			case unknown := <-listed:
+				p.found(ctx, unknown)
+			case <-ctx.Done():
+			}
+		})
 	}
+	return nil
+}
+
+// found goes on with a pod whose agent has told of its containers.
+func (p *Pod) found(ctx context.Context, unknown []string) {
+	p.removeUnknown(ctx, unknown)
 	p.awaitExits(ctx)
 	p.resumeVolumes()
 	slog.Info("pod found again", "pod", p.id)
-	return nil
 }
 
 // removeUnknown removes containers that the guest has and no record names: they were half-made. One

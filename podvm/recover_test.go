@@ -1,6 +1,7 @@
 package podvm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/caisson-vm/caisson/podvm/state"
@@ -194,6 +197,101 @@ func TestRecoverVMMHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.nothingLeft()
+}
+
+// TestRecoverGivenUp has a daemon that can't find its pods again, which is no fault of theirs: they run on, and
+// the next one finds them.
+func TestRecoverGivenUp(t *testing.T) {
+	for name, c := range map[string]struct {
+		attach error
+		ends   bool // the daemon is asked to end
+	}{
+		"the daemon is asked to end":         {ends: true},
+		"the node is out of inotify watches": {attach: fmt.Errorf("watch: %w", unix.ENOSPC)},
+		"the node is out of descriptors":     {attach: fmt.Errorf("open: %w", unix.EMFILE)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			p := n.pod(podConfig("web"))
+			made := n.running(p, containerConfig("main"))
+			if err := n.Close(); err != nil {
+				t.Fatal(err)
+			}
+			n.driver.Fail("Attach", c.attach)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			if c.ends {
+				cancel()
+			}
+			n.open()
+			if err := n.Recover(ctx); err == nil {
+				t.Error("the daemon goes on")
+			}
+			n.driver.Fail("Attach", nil)
+			n.restart(nil)
+			if s := n.again(p.ID()).Status(); s.State != Ready || len(n.driver.VMs()) != 1 {
+				t.Errorf("the pod is %s: %s %s", s.State, s.Reason, s.Message)
+			}
+			if d, err := n.Manager.Container(made.ID()); err != nil || d.Status().State != Running {
+				t.Errorf("its container: %v", err)
+			}
+		})
+	}
+}
+
+// TestRecoverSilentGuest: a guest that says nothing to a new daemon, as on a node that has a lot to do, is for
+// the watchdog to judge. What it says later counts.
+func TestRecoverSilentGuest(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("main"))
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	a := n.agentOf(p.ID())
+	speak := a.silence()
+	n.open()
+	n.attach = 50 * time.Millisecond
+	if err := n.Recover(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if s := n.again(p.ID()).Status(); s.State != Ready || len(n.driver.VMs()) != 1 {
+		t.Errorf("the pod is %s: %s %s", s.State, s.Reason, s.Message)
+	}
+	a.exit(c.ID(), 3)
+	speak()
+	d, err := n.Manager.Container(c.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.until("its exit shows", func() bool { return d.Status().State == Exited })
+}
+
+// TestRecoverHalfMadeStays: what can't be taken back at the start shows, so that it can be removed later.
+func TestRecoverHalfMadeStays(t *testing.T) {
+	for name, config := range map[string]PodConfig{"a pod's": podConfig("half"), "nobody's": {}} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			id := newID()
+			n.restart(func() {
+				r := podRecord{ID: id, Config: config, Created: time.Now(), Stage: starting, Driver: "fake", VM: n.vmConfig(id)}
+				if err := errors.Join(os.MkdirAll(n.layout.containers(id), 0o700), state.Write(n.layout.record(id), r)); err != nil {
+					t.Fatal(err)
+				}
+				n.network.up = map[string]bool{id: true}
+				n.network.failing("Teardown", errInjected)
+			})
+			p := n.again(id)
+			if s := p.Status(); s.State != NotReady || s.Reason != "StartFailed" || s.Config.Name == "" || !strings.Contains(s.Message, "injected") {
+				t.Errorf("got %+v", s)
+			}
+			n.network.failing("", nil)
+			if err := p.Remove(soon(t)); err != nil {
+				t.Fatal(err)
+			}
+			n.nothingLeft()
+		})
+	}
 }
 
 // TestRecoverFallen has the daemon die after it recorded that a pod fell, and before it ended its VM.

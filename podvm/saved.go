@@ -14,8 +14,10 @@ import (
 type saved[T any] struct {
 	path string
 	turn chan struct{} // holds a value while a change is written
-	gone bool          // the file is not written any more; belongs to who has the turn
-	last atomic.Pointer[T]
+	gone bool          // the file is not written any more; this and behind belong to who has the turn
+	// behind says that the last change is not in the file.
+	behind bool
+	last   atomic.Pointer[T]
 }
 
 // newSaved holds a record that was read from its file, or is still to be written.
@@ -40,9 +42,22 @@ func (s *saved[T]) update(change func(*T) bool) (changed bool, err error) {
 	}
 	if !s.gone {
 		err = state.Write(s.path, next)
+		s.behind = err != nil
 	}
 	s.last.Store(&next)
 	return true, err
+}
+
+// settle writes the record once more where its last change could not be written.
+func (s *saved[T]) settle() error {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	if s.gone || !s.behind {
+		return nil
+	}
+	err := state.Write(s.path, *s.last.Load())
+	s.behind = err != nil
+	return err
 }
 
 // set is update with a change that always is one.

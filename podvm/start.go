@@ -79,7 +79,7 @@ func (b *birth) run(ctx context.Context, c PodConfig) error {
 		}
 	}
 	group, both := errgroup.WithContext(ctx)
-	group.Go(func() error { return b.connect(both) })
+	group.Go(func() error { return b.connect(ctx, both) })
 	group.Go(func() error { return b.boot(both) })
 	if err := group.Wait(); err != nil {
 		return err
@@ -157,8 +157,9 @@ func (b *birth) closeTap() {
 	}
 }
 
-// connect gives the pod its network, and the VM the cards for it that it does not have yet.
-func (b *birth) connect(ctx context.Context) error {
+// connect gives the pod its network, and the VM, while both lasts, the cards for it that it does not have yet.
+// A plugin that is ended in the middle leaves the node what no other mends, so that a VM that fails ends none.
+func (b *birth) connect(ctx, both context.Context) error {
 	err := b.time("network", func() (err error) {
 		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config))
 		return err
@@ -169,10 +170,10 @@ func (b *birth) connect(ctx context.Context) error {
 	if len(b.network.Interfaces) > 1 {
 		select {
 		case <-b.launched:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		case <-both.Done():
+			return context.Cause(both)
 		}
-		if err := b.time("nics", func() error { return b.addNICs(ctx) }); err != nil {
+		if err := b.time("nics", func() error { return b.addNICs(both) }); err != nil {
 			return err
 		}
 	}
@@ -310,13 +311,19 @@ func (p *Pod) abandon(cause error) {
 	if err == nil {
 		return
 	}
-	slog.Error("undo the start of a pod", "pod", p.id, "err", err)
-	if err := p.record.set(func(r *podRecord) {
-		r.Stage, r.Reason, r.Message = stopped, "StartFailed", printable(errors.Join(cause, err).Error())
-	}); err != nil {
-		slog.Error("record a pod that did not start", "pod", p.id, "err", err)
-	}
+	p.unfinished(errors.Join(cause, err))
 	p.m.add(p)
+}
+
+// unfinished makes a pod of which something is left one that is not ready.
+func (p *Pod) unfinished(err error) {
+	slog.Error("undo the start of a pod", "pod", p.id, "err", err)
+	p.note("record that a pod did not start", p.record.set(func(r *podRecord) {
+		r.Stage, r.Reason, r.Message = stopped, "StartFailed", printable(err.Error())
+		if r.Config.Name == "" { // it was nobody's yet
+			r.Config = PodConfig{Name: "unfinished", Namespace: "unfinished", UID: p.id}
+		}
+	}))
 }
 
 // erase takes back all that belongs to the pod, from its id alone. It is idempotent.

@@ -21,12 +21,13 @@ type served struct {
 	process *process.Process
 	dirs    map[string]Dir    // by tag
 	relays  map[string]*relay // streams that go through this daemon, by tag
+	opening map[string]chan opened
 }
 
 func newServed(pod Pod, program []string) *served {
 	p := &served{
 		Pod: pod, program: program, broken: make(chan struct{}, 1), turn: make(chan struct{}, 1),
-		dirs: map[string]Dir{}, relays: map[string]*relay{},
+		dirs: map[string]Dir{}, relays: map[string]*relay{}, opening: map[string]chan opened{},
 	}
 	p.life, p.end = context.WithCancel(context.Background())
 	go p.mend()
@@ -59,7 +60,7 @@ func (p *served) serve(ctx context.Context, d Dir) error {
 		return nil
 	}
 	if !have.Placed {
-		if err := p.attach(d); err != nil {
+		if err := p.attach(ctx, d); err != nil {
 			return err
 		}
 	}

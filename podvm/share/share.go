@@ -64,6 +64,9 @@ func folder(run string) string { return filepath.Join(run, "share") }
 // start find the directory.
 func (s *Server) Share(ctx context.Context, pod Pod, d Dir) error {
 	p := s.of(pod)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(p.life, cancel)()
 	if err := p.lock(ctx); err != nil {
 		return err
 	}
@@ -114,8 +117,12 @@ func (s *Server) Release(ctx context.Context, run string) error {
 	s.mu.Unlock()
 	if p != nil {
 		p.end()
-		p.turn <- struct{}{} // whoever has it would start the process again
-		defer p.unlock()
+		select {
+		case p.turn <- struct{}{}: // whoever has it would start the process again
+			defer p.unlock()
+		case <-ctx.Done():
+			return fmt.Errorf("wait for a host directory that is being served: %w", ctx.Err())
+		}
 	}
 	if _, err := os.Lstat(folder(run)); errors.Is(err, fs.ErrNotExist) {
 		return nil // as for most pods: there never was a process, and it need not be looked for

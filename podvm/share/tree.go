@@ -1,6 +1,7 @@
 package share
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -14,8 +15,8 @@ import (
 
 // attach gives the process the directory: a copy of its mounts, in the process's mount namespace. The
 // caller has the turn.
-func (p *served) attach(d Dir) error {
-	tree, err := openTree(d)
+func (p *served) attach(ctx context.Context, d Dir) error {
+	tree, err := p.open(ctx, d)
 	if err != nil {
 		return fmt.Errorf("%s: %w", d.Path, err)
 	}
@@ -29,6 +30,33 @@ func (p *served) attach(d Dir) error {
 		return fmt.Errorf("show %s to the process that serves it: %w", d.Path, err)
 	}
 	return nil
+}
+
+// opened is what openTree returned.
+type opened struct {
+	tree *os.File
+	err  error
+}
+
+// open is openTree, which may hang with the directory's file system: who comes after a call that was given up
+// waits for the same one. The caller has the turn.
+func (p *served) open(ctx context.Context, d Dir) (*os.File, error) {
+	pending := p.opening[d.Tag]
+	if pending == nil {
+		pending = make(chan opened, 1)
+		p.opening[d.Tag] = pending
+		go func() {
+			tree, err := openTree(d)
+			pending <- opened{tree, err}
+		}()
+	}
+	select {
+	case o := <-pending:
+		delete(p.opening, d.Tag)
+		return o.tree, o.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("its file system does not answer: %w", context.Cause(ctx))
+	}
 }
 
 // place mounts the tree where the process finds it.

@@ -89,16 +89,13 @@ func Acquire(dir, key string) (*Lock, error) {
 		f.Close()
 		return nil, fmt.Errorf("%s is in use by process %s: stop that daemon, or give this one another folder in the key %s: %w", dir, strings.TrimSpace(string(holder)), key, errdefs.ErrFailedPrecondition)
 	}
-	if err := errors.Join(f.Truncate(0), writePID(f)); err != nil {
+	// The number is for the message above. It is written over the last one, whose block the file keeps: on a
+	// full disk there is no other, and a daemon that does not start can't free any.
+	if _, err := f.WriteAt(fmt.Appendf(nil, "%-20d\n", os.Getpid()), 0); err != nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		f.Close()
 		return nil, fmt.Errorf("lock: %w", err)
 	}
 	return &Lock{f}, nil
-}
-
-func writePID(f *os.File) error {
-	_, err := f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
-	return err
 }
 
 // Release gives the lock back.

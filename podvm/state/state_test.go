@@ -2,6 +2,7 @@ package state
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 type sample struct{ Name string }
@@ -61,4 +63,51 @@ func TestSecondDaemonIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.Release()
+}
+
+// TestLockOnFullDisk: a daemon starts where there is no block left, and the lock says whose it is.
+func TestLockOnFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skip("needs root for a file system of its own:", err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	first, err := Acquire(dir, "root")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Release(); err != nil {
+		t.Fatal(err)
+	}
+	fill := func() {
+		f, err := os.OpenFile(filepath.Join(dir, "full"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		for err == nil {
+			_, err = f.Write(make([]byte, 4096))
+		}
+	}
+	fill()
+	for _, without := range []bool{false, true} {
+		if without { // the file is there, and had no block when the disk became full
+			if err := os.Truncate(filepath.Join(dir, "lock"), 0); err != nil {
+				t.Fatal(err)
+			}
+			fill()
+		}
+		l, err := Acquire(dir, "root")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Acquire(dir, "root"); !errors.Is(err, errdefs.ErrFailedPrecondition) {
+			t.Errorf("a second one: %v", err)
+		} else if !without && !strings.Contains(err.Error(), fmt.Sprintf("process %d:", os.Getpid())) {
+			t.Error(err)
+		}
+		if err := l.Release(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

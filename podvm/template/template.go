@@ -152,12 +152,13 @@ func (s *Store) obsolete(dir string) string {
 // usedPath is the file whose time is that of the last clone.
 func usedPath(dir string) string { return filepath.Join(dir, manifestName) }
 
-// killLeft ends the VM of a template that a former daemon did not finish.
+// killLeft ends the VM of a template, also of one that a former daemon did not finish, and removes its
+// runtime folder.
 func (s *Store) killLeft(dir string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), s.options.Limit)
+	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
 	defer cancel()
 	if err := process.KillIn(ctx, dir); err != nil {
-		return fmt.Errorf("templates: half-made %s: %w", dir, err)
+		return fmt.Errorf("templates: %s: %w", dir, err)
 	}
 	return os.RemoveAll(dir)
 }
@@ -263,7 +264,11 @@ func (s *Store) make(ctx context.Context, dir, scope string) error {
 	if err := os.MkdirAll(run, 0o700); err != nil {
 		return err
 	}
-	defer os.RemoveAll(run)
+	defer func() {
+		if err := s.killLeft(run); err != nil {
+			slog.Error("end the VM of a template: the next start of the daemon tries again", "err", err)
+		}
+	}()
 	c := s.options.Config
 	c.ID, c.Dir, c.MemoryFile = filepath.Base(run), run, filepath.Join(dir, "memory")
 	if s.options.MakeDisk != nil {
@@ -282,7 +287,7 @@ func (s *Store) make(ctx context.Context, dir, scope string) error {
 	if err != nil {
 		return explain(err, dir)
 	}
-	defer v.Kill(context.WithoutCancel(ctx))
+	defer kill(v)
 	if err := s.snapshot(ctx, v, dir); err != nil {
 		return explain(err, dir)
 	}
@@ -291,6 +296,17 @@ func (s *Store) make(ctx context.Context, dir, scope string) error {
 	}
 	u.Release()
 	return nil
+}
+
+// killLimit is how long a VMM may take to end.
+const killLimit = time.Minute
+
+func kill(v vmm.VM) {
+	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
+	defer cancel()
+	if err := v.Kill(ctx); err != nil {
+		slog.Error("end the VM of a template", "err", err)
+	}
 }
 
 func (s *Store) snapshot(ctx context.Context, v vmm.VM, dir string) error {

@@ -65,7 +65,7 @@ type Learner interface {
 	// Learn notes in the template of this clone which pages it has written to by now, for clones that are
 	// launched later.
 	Learn(v VM) error
-	// Learned tells whether that was done for a template.
+	// Learned tells whether that was done for a template, by as many clones as it takes.
 	Learned(template string) bool
 }
 

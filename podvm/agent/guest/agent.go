@@ -51,7 +51,8 @@ type Agent struct {
 	entropy entropy
 	pid     podPID
 	// sealed is crun as it is run.
-	sealed *sealed
+	sealed    *sealed
+	collected sync.Once // the garbage of the first rehearsal
 
 	mu sync.Mutex
 	// setup is the answer to the one Setup, nil before.

@@ -110,7 +110,8 @@ func (c *container) rehearseExec(ctx context.Context, process specs.Process) err
 	return await(ctx, p.ended)
 }
 
-// settle leaves nothing to be written or collected of what c was, so that a clone need not do it.
+// settle leaves nothing to be written or collected of what c was, so that a clone need not do it. A clone that
+// rehearses once more collects nothing: it would copy most of the agent's memory for that.
 func (a *Agent) settle(c *container) error {
 	if err := os.RemoveAll(c.layer + goneSuffix); err != nil {
 		return err
@@ -124,7 +125,7 @@ func (a *Agent) settle(c *container) error {
 	if err := unix.Syncfs(int(dir.Fd())); err != nil {
 		return err
 	}
-	collectLate()
+	a.collected.Do(collectLate)
 	return nil
 }
 

@@ -25,6 +25,10 @@ import (
 // first and writes then takes three exits: to map the template's page, to copy it, and to map the copy.
 // Where a template knows what its clones write, they have copies before they run, and each page takes one.
 
+// lessons is how many clones teach a template: it knows what each of them has written. What only one has may be
+// chance, of which clones would have copies for nothing.
+const lessons = 2
+
 // run is a row of guest pages: the first one's number, and how many they are.
 type run [2]int64
 
@@ -38,8 +42,9 @@ func writtenPath(template string) string { return filepath.Join(template, "writt
 // written is what a template knows of its clones. Memory says of which file, because a template that is made
 // anew has the same name.
 type written struct {
-	Memory fileIdentity `json:"memory"`
-	Runs   []run        `json:"runs"`
+	Memory  fileIdentity `json:"memory"`
+	Lessons int          `json:"lessons"`
+	Runs    []run        `json:"runs"`
 }
 
 // fileIdentity is a file's number and when it was last written to, in ns.
@@ -70,21 +75,31 @@ func learn(pid int, template string) error {
 	if err := m.find(pid); err != nil {
 		return err
 	}
-	runs, err := m.own()
+	own, err := m.own()
 	if err != nil {
 		return err
 	}
-	if n := count(runs); n == 0 || n > writtenMax {
-		return fmt.Errorf("this one has %d pages of its own, want 1 to %d: %w", n, writtenMax, errdefs.ErrOutOfRange)
+	w, err := m.read(template)
+	if err != nil {
+		slog.Warn("what the template knows of its clones is of no use: it begins anew", "err", err)
 	}
-	data, err := json.Marshal(written{m.identity, runs})
+	runs := own
+	if w.Lessons > 0 && w.Lessons < lessons {
+		runs = without(own, without(own, w.Runs))
+	} else {
+		w.Lessons = 0
+	}
+	if n := count(runs); n == 0 || n > writtenMax {
+		return fmt.Errorf("this one has %d pages of its own, %d with those before it, want 1 to %d: %w", count(own), n, writtenMax, errdefs.ErrOutOfRange)
+	}
+	data, err := json.Marshal(written{m.identity, w.Lessons + 1, runs})
 	if err != nil {
 		return err
 	}
 	if err := atomicfile.Write(writtenPath(template), data, 0o600); err != nil {
 		return err
 	}
-	slog.Info("the template knows which pages its clones write", "template", filepath.Base(template), "pages", count(runs))
+	slog.Info("the template learns which pages its clones write", "template", filepath.Base(template), "lesson", w.Lessons+1, "of", lessons, "pages", count(own), "known", count(runs))
 	return nil
 }
 
@@ -157,22 +172,33 @@ func openMemory(template string) (*memory, error) {
 
 func (m *memory) Close() error { return m.file.Close() }
 
-// known is what the template knows; nil where it was not taught.
+// known is what the template knows; nil where it was not taught, or has lessons to come.
 func (m *memory) known(template string) ([]run, error) {
-	data, err := os.ReadFile(writtenPath(template))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	} else if err != nil {
+	w, err := m.read(template)
+	if err != nil || w.Lessons < lessons {
 		return nil, err
 	}
-	var w written
+	return w.Runs, nil
+}
+
+// read reads what the template was taught; nothing where it was not.
+func (m *memory) read(template string) (w written, err error) {
+	data, err := os.ReadFile(writtenPath(template))
+	if errors.Is(err, fs.ErrNotExist) {
+		return written{}, nil
+	} else if err != nil {
+		return written{}, err
+	}
 	if err := json.Unmarshal(data, &w); err != nil {
-		return nil, fmt.Errorf("%s: %w", writtenPath(template), err)
+		return written{}, fmt.Errorf("%s: %w", writtenPath(template), err)
 	}
 	if w.Memory != m.identity {
-		return nil, nil
+		return written{}, nil
 	}
-	return w.Runs, m.check(w.Runs)
+	if err := m.check(w.Runs); err != nil {
+		return written{}, err
+	}
+	return w, nil
 }
 
 // find finds where the VMM has mapped the memory.

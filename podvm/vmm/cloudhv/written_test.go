@@ -20,21 +20,30 @@ func mapTemplate(t *testing.T, pages int) (dir string, content, mapped []byte) {
 	t.Helper()
 	dir, content = t.TempDir(), make([]byte, pages*pageSize)
 	rand.Read(content)
-	path := filepath.Join(dir, "memory")
-	if err := os.WriteFile(path, content, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "memory"), content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Open(path)
+	return dir, content, mapMemory(t, dir)
+}
+
+// mapMemory maps a template's memory as a clone's VMM does.
+func mapMemory(t *testing.T, dir string) []byte {
+	t.Helper()
+	f, err := os.Open(filepath.Join(dir, "memory"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	mapped, err = unix.Mmap(int(f.Fd()), 0, len(content), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	mapped, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Munmap(mapped) })
-	return dir, content, mapped
+	return mapped
 }
 
 func owned(t *testing.T, dir string) []run {
@@ -54,7 +63,7 @@ func owned(t *testing.T, dir string) []run {
 	return runs
 }
 
-// TestLearn: what one clone has written, and no more, the next one has copies of, with the template's
+// TestLearn: what two clones have written, and no more, the next one has copies of, with the template's
 // content; what it has written itself stays.
 func TestLearn(t *testing.T) {
 	dir, content, first := mapTemplate(t, 64)
@@ -62,31 +71,30 @@ func TestLearn(t *testing.T) {
 	for page := range 32 { // reading makes no copy
 		sum += first[page*pageSize]
 	}
-	for _, page := range []int{3, 4, 20, 63} {
-		first[page*pageSize+7] ^= sum | 1
-	}
 	d := &Driver{}
-	if d.Learned(dir) {
-		t.Error("the template knows before it was taught")
-	}
-	if err := learn(os.Getpid(), dir); err != nil {
-		t.Fatal(err)
+	clone := first
+	for _, wrote := range [][]int{{3, 4, 20, 33, 63}, {3, 4, 5, 20, 63}} {
+		if d.Learned(dir) {
+			t.Error("the template knows before it was taught")
+		}
+		for _, page := range wrote {
+			clone[page*pageSize+7] ^= sum | 1
+		}
+		if err := learn(os.Getpid(), dir); err != nil {
+			t.Fatal(err)
+		}
+		unix.Munmap(clone)
+		clone = mapMemory(t, dir)
+		if err := copyWritten(os.Getpid(), dir); err != nil || !d.Learned(dir) && owned(t, dir) != nil {
+			t.Errorf("a clone between the lessons: error %v, it has %v for its own", err, owned(t, dir))
+		}
 	}
 	if !d.Learned(dir) {
 		t.Error("the template does not know")
 	}
-	unix.Munmap(first)
-	f, err := os.Open(filepath.Join(dir, "memory"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	second, err := unix.Mmap(int(f.Fd()), 0, len(content), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Munmap(second)
-	second[4*pageSize] ^= 1
+	unix.Munmap(clone)
+	last := mapMemory(t, dir)
+	last[4*pageSize] ^= 1
 	if err := copyWritten(os.Getpid(), dir); err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +102,7 @@ func TestLearn(t *testing.T) {
 		t.Errorf("the clone has %v for its own, want %v", got, want)
 	}
 	content[4*pageSize] ^= 1
-	if !bytes.Equal(second, content) {
+	if !bytes.Equal(last, content) {
 		t.Error("its memory is not the template's and what it has written")
 	}
 }
@@ -134,14 +142,14 @@ func TestWrittenDamaged(t *testing.T) {
 		"before": "[[-1,1]]", "after": "[[8,1]]", "beyond": "[[7,2]]", "none": "[[2,0]]", "negative": "[[2,-1]]",
 		"overflow": "[[9223372036854775807,2]]", "huge": "[[0,9223372036854775807]]", "no JSON": "[",
 	} {
-		if err := os.WriteFile(writtenPath(dir), []byte(`{"memory":`+string(memory)+`,"runs":`+list+`}`), 0o600); err != nil {
+		if err := os.WriteFile(writtenPath(dir), []byte(`{"memory":`+string(memory)+`,"lessons":2,"runs":`+list+`}`), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if err := copyWritten(os.Getpid(), dir); err == nil || d.Learned(dir) {
 			t.Errorf("%s was taken: %v", name, err)
 		}
 	}
-	if err := os.WriteFile(writtenPath(dir), []byte(`{"memory":{"inode":1,"modified":2},"runs":[[2,1]]}`), 0o600); err != nil {
+	if err := os.WriteFile(writtenPath(dir), []byte(`{"memory":{"inode":1,"modified":2},"lessons":2,"runs":[[2,1]]}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := copyWritten(os.Getpid(), dir); err != nil || d.Learned(dir) {
