@@ -325,6 +325,41 @@ func testStats(t *testing.T, d *harness.Daemon) {
 	if linux.GetNetwork().GetDefaultInterface().GetName() != "eth0" {
 		t.Errorf("the pod's network stats are %v", linux.GetNetwork())
 	}
+	ofPod, ofContainer := metrics(t, d, pod)
+	if _, ok := ofContainer["container_cpu_user_seconds_total"]; !ok || ofContainer["container_memory_cache"] == 0 ||
+		ofContainer["container_fs_writes_total"] == 0 || ofContainer["container_fs_writes_bytes_total"] < 1<<20 || ofContainer["container_last_seen"] == 0 {
+		t.Errorf("the container's metrics are %v", ofContainer)
+	}
+	if _, ok := ofPod["container_network_receive_packets_total"]; !ok || ofPod["container_cpu_usage_seconds_total"] < ofContainer["container_cpu_usage_seconds_total"] {
+		t.Errorf("the pod's metrics are %v", ofPod)
+	}
+	c.Stop(0)
+	if _, now := metrics(t, d, pod); len(now) != 1 || now["container_fs_usage_bytes"] < 8<<20 {
+		t.Errorf("the metrics of a container that has exited are %v", now)
+	}
+}
+
+// metrics are a pod's, and its one container's: sums over the labels that they have beside.
+func metrics(t *testing.T, d *harness.Daemon, pod *harness.Pod) (ofPod, ofContainer map[string]uint64) {
+	t.Helper()
+	r, err := d.Runtime().ListPodSandboxMetrics(t.Context(), &runtimeapi.ListPodSandboxMetricsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums := func(all []*runtimeapi.Metric) map[string]uint64 {
+		values := map[string]uint64{}
+		for _, m := range all {
+			values[m.Name] += m.GetValue().GetValue()
+		}
+		return values
+	}
+	for _, p := range r.PodMetrics {
+		if p.PodSandboxId == pod.ID && len(p.ContainerMetrics) == 1 {
+			return sums(p.Metrics), sums(p.ContainerMetrics[0].Metrics)
+		}
+	}
+	t.Fatalf("no metrics of pod %s with one container in %v", pod.ID, r.PodMetrics)
+	return nil, nil
 }
 
 func stats(t *testing.T, d *harness.Daemon, c *harness.Container) *runtimeapi.ContainerStats {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -22,7 +23,12 @@ func psi(d time.Duration) *podvm.PSI {
 // sampleStats is the answer of a guest with one container of ours and one it made up.
 func sampleStats(container string) func(context.Context) (podvm.PodStats, error) {
 	group := podvm.Cgroup{
-		CPUUsage: 90 * time.Second, MemoryUsage: 300, MemoryWorkingSet: 200, MemoryRSS: 100, PageFaults: 7, MajorPageFaults: 1, PIDs: 4,
+		Known: true, CPUUsage: 90 * time.Second, CPUUser: 60 * time.Second, CPUSystem: 30 * time.Second,
+		Throttling:  &podvm.Throttling{Periods: 50, ThrottledPeriods: 20, Throttled: 8 * time.Second},
+		MemoryUsage: 300, MemoryWorkingSet: 200, MemoryRSS: 100, MemoryCache: 180, MemoryMappedFile: 40,
+		MemoryActiveFile: 70, MemoryInactiveFile: 110, MemoryKernel: 15, MemoryLimitHits: 6, OOMKills: 2,
+		PageFaults: 7, MajorPageFaults: 1, PIDs: 4,
+		Disks:  []podvm.DiskIO{{Device: "vda", Reads: 11, ReadBytes: 12, Writes: 13, WriteBytes: 14}, {Device: "vdb", Reads: 1}},
 		CPUPSI: psi(3 * time.Second), IOPSI: psi(5 * time.Second),
 	}
 	limited := group
@@ -31,7 +37,9 @@ func sampleStats(container string) func(context.Context) (podvm.PodStats, error)
 		return podvm.PodStats{
 			Pod: group, MemoryTotal: 1000,
 			Containers: []podvm.ContainerStats{{ID: container, Cgroup: limited, LayerBytes: 8192, LayerInodes: 3}, {ID: "made-up"}},
-			Network:    []podvm.NetStats{{Name: "lo", RxBytes: 99}, {Name: "net1", RxBytes: 1}, {Name: "eth0", RxBytes: 10, TxBytes: 20, TxErrors: 2}},
+			Network: []podvm.NetStats{{Name: "lo", RxBytes: 99}, {Name: "net1", RxBytes: 1}, {
+				Name: "eth0", RxBytes: 10, RxPackets: 3, RxDropped: 4, TxBytes: 20, TxPackets: 5, TxErrors: 2, TxDropped: 6,
+			}},
 		}, nil
 	}
 }
@@ -143,25 +151,12 @@ func TestRates(t *testing.T) {
 	}
 }
 
-// TestMetrics: what the kubelet is given it can translate, or it drops it.
-func TestMetrics(t *testing.T) {
-	d := start(t)
-	ctx, c := t.Context(), cri.NewRuntimeServiceClient(d.conn)
-	pod, container := d.running(t)
-	d.pods.pods[0].stats = sampleStats(container)
-	keys := map[string][]string{}
-	for _, m := range must(c.ListMetricDescriptors(ctx, &cri.ListMetricDescriptorsRequest{}))(t).GetDescriptors() {
-		if keys[m.GetName()] != nil || m.GetHelp() == "" {
-			t.Errorf("descriptor %v: twice, or without help", m)
-		}
-		keys[m.GetName()] = m.GetLabelKeys()
-	}
-	all := must(c.ListPodSandboxMetrics(ctx, &cri.ListPodSandboxMetricsRequest{}))(t).GetPodMetrics()
-	if len(all) != 1 || all[0].GetPodSandboxId() != pod || len(all[0].GetContainerMetrics()) != 1 {
-		t.Fatalf("metrics: %v", all)
-	}
+// series are metrics by name and labels, but for the id and those that are empty. The kubelet can
+// translate them, or it drops them; and with one that is there twice a scrape fails.
+func series(t *testing.T, keys map[string][]string, all ...*cri.Metric) map[string]uint64 {
+	t.Helper()
 	seen := map[string]uint64{}
-	for _, m := range append(all[0].GetMetrics(), all[0].GetContainerMetrics()[0].GetMetrics()...) {
+	for _, m := range all {
 		labels := keys[m.GetName()]
 		if len(labels) == 0 || len(labels) != len(m.GetLabelValues()) {
 			t.Fatalf("%s has values %q for labels %q", m.GetName(), m.GetLabelValues(), labels)
@@ -177,15 +172,79 @@ func TestMetrics(t *testing.T) {
 		}
 		seen[row] = m.GetValue().GetValue()
 	}
+	return seen
+}
+
+// descriptors are the labels of each metric.
+func (d *daemon) descriptors(t *testing.T) map[string][]string {
+	t.Helper()
+	keys := map[string][]string{}
+	for _, m := range must(cri.NewRuntimeServiceClient(d.conn).ListMetricDescriptors(t.Context(), &cri.ListMetricDescriptorsRequest{}))(t).GetDescriptors() {
+		if keys[m.GetName()] != nil || m.GetHelp() == "" {
+			t.Errorf("descriptor %v: twice, or without help", m)
+		}
+		keys[m.GetName()] = m.GetLabelKeys()
+	}
+	return keys
+}
+
+// metrics are those of the one pod, and of its one container.
+func (d *daemon) metrics(t *testing.T, pod string) (ofPod, ofContainer []*cri.Metric) {
+	t.Helper()
+	all := must(cri.NewRuntimeServiceClient(d.conn).ListPodSandboxMetrics(t.Context(), &cri.ListPodSandboxMetricsRequest{}))(t).GetPodMetrics()
+	if len(all) != 1 || all[0].GetPodSandboxId() != pod || len(all[0].GetContainerMetrics()) != 1 {
+		t.Fatalf("metrics: %v", all)
+	}
+	return all[0].GetMetrics(), all[0].GetContainerMetrics()[0].GetMetrics()
+}
+
+// TestMetrics: what the guest and the records say is there, with labels as described.
+func TestMetrics(t *testing.T) {
+	d, began := start(t), time.Now().Unix()
+	pod, container := d.running(t)
+	d.pods.pods[0].stats = sampleStats(container)
+	d.pods.containers[0].status.Config.Resources = podvm.Resources{CPUPeriod: 50_000, CPUQuota: 25_000, CPUShares: 512, Memory: 1 << 26}
+	keys := d.descriptors(t)
+	ofPod, ofContainer := d.metrics(t, pod)
+	seen := series(t, keys, append(ofPod, ofContainer...)...)
 	who := " namespace=shop pod=web-0"
 	of := " container=nginx image=busybox:1 name=" + container + who
 	for row, want := range map[string]uint64{
 		"container_cpu_usage_seconds_total" + who + " cpu=total":                            90,
 		"container_cpu_usage_seconds_total" + of + " cpu=total":                             90,
+		"container_cpu_user_seconds_total" + of:                                             60,
+		"container_cpu_system_seconds_total" + who:                                          30,
+		"container_cpu_cfs_periods_total" + of:                                              50,
+		"container_cpu_cfs_throttled_periods_total" + of:                                    20,
+		"container_cpu_cfs_throttled_seconds_total" + of:                                    8,
 		"container_memory_working_set_bytes" + of:                                           200,
+		"container_memory_cache" + of:                                                       180,
+		"container_memory_mapped_file" + of:                                                 40,
+		"container_memory_total_active_file_bytes" + of:                                     70,
+		"container_memory_total_inactive_file_bytes" + of:                                   110,
+		"container_memory_kernel_usage" + of:                                                15,
+		"container_memory_failcnt" + of:                                                     6,
 		"container_memory_failures_total" + of + " failure_type=pgmajfault scope=hierarchy": 1,
+		"container_memory_failures_total" + of + " failure_type=pgfault scope=container":    7,
+		"container_oom_events_total" + of:                                                   2,
+		"container_oom_events_total" + who:                                                  2,
+		"container_threads" + of:                                                            4,
 		"container_network_transmit_bytes_total" + who + " interface=eth0":                  20,
-		"container_spec_memory_limit_bytes" + of:                                            150,
+		"container_network_receive_packets_total" + who + " interface=eth0":                 3,
+		"container_network_receive_packets_dropped_total" + who + " interface=eth0":         4,
+		"container_network_transmit_packets_total" + who + " interface=eth0":                5,
+		"container_network_transmit_packets_dropped_total" + who + " interface=eth0":        6,
+		"container_fs_reads_total" + of + " device=/dev/vda":                                11,
+		"container_fs_reads_bytes_total" + of + " device=/dev/vda":                          12,
+		"container_fs_writes_total" + of + " device=/dev/vda":                               13,
+		"container_fs_writes_bytes_total" + who + " device=/dev/vda":                        14,
+		"container_fs_reads_total" + of + " device=/dev/vdb":                                1,
+		"container_spec_cpu_period" + of:                                                    50_000,
+		"container_spec_cpu_quota" + of:                                                     25_000,
+		"container_spec_cpu_shares" + of:                                                    512,
+		"container_spec_memory_limit_bytes" + of:                                            1 << 26,
+		"container_spec_cpu_quota" + who:                                                    150_000,
+		"container_spec_memory_limit_bytes" + who:                                           0,
 		"container_fs_usage_bytes" + of + " device=scratch":                                 8192,
 		"container_pressure_io_stalled_seconds_total" + who:                                 5,
 	} {
@@ -193,7 +252,68 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%s: %d, %v; want %d", row, got, ok, want)
 		}
 	}
-	if _, ok := seen["container_start_time_seconds"+of]; !ok {
-		t.Error("no start time")
+	for _, row := range []string{"container_last_seen" + of, "container_last_seen" + who, "container_start_time_seconds" + of} {
+		if at := int64(seen[row]); at < began || at > time.Now().Unix() {
+			t.Errorf("%s: %d; it began at %d", row, at, began)
+		}
+	}
+	if _, ok := seen["container_cpu_cfs_periods_total"+who]; ok {
+		t.Error("a pod as a whole has no quota in its guest")
+	}
+	names := map[string]bool{}
+	for row := range seen {
+		name, _, _ := strings.Cut(row, " ")
+		names[name] = true
+	}
+	for name := range keys {
+		if !names[name] && !strings.HasPrefix(name, "container_pressure_memory_") { // of which the sample has none
+			t.Errorf("%s is described, and never there", name)
+		}
+	}
+}
+
+// TestMetricsLeftOut: nothing is made up of what a guest does not tell, of limits that there are not,
+// and of containers that have exited, whichever of node and guest knows it first.
+func TestMetricsLeftOut(t *testing.T) {
+	d := start(t)
+	pod, container := d.running(t)
+	keys := d.descriptors(t)
+	stats := must(sampleStats(container)(t.Context()))(t)
+	d.pods.pods[0].stats = func(context.Context) (podvm.PodStats, error) { return stats, nil }
+	status := &d.pods.containers[0].status
+	has := func(all []*cri.Metric, name string) bool {
+		return slices.ContainsFunc(all, func(m *cri.Metric) bool { return m.GetName() == name })
+	}
+
+	d.pods.pods[0].status.Config.Resources = nil
+	status.Config.Resources = podvm.Resources{CPUQuota: -1, Memory: -1}
+	ofPod, ofContainer := d.metrics(t, pod)
+	for _, name := range []string{"container_cpu_cfs_periods_total", "container_spec_cpu_quota", "container_spec_cpu_period", "container_spec_cpu_shares"} {
+		if has(ofContainer, name) {
+			t.Errorf("no limit of CPU, and %s", name)
+		}
+	}
+	if seen := series(t, keys, ofContainer...); !has(ofContainer, specMemory) || has(ofPod, specMemory) {
+		t.Errorf("no limit of memory: %v", seen)
+	}
+
+	stats.Containers[0].Cgroup.Throttling, stats.Containers[0].Cgroup.Disks = nil, nil
+	status.Config.Resources.CPUQuota = 1000
+	if _, all := d.metrics(t, pod); has(all, "container_cpu_cfs_periods_total") || has(all, "container_fs_reads_total") || !has(all, "container_spec_cpu_quota") {
+		t.Errorf("a kernel that counts neither periods nor I/O: %v", series(t, keys, all...))
+	}
+
+	exited := func(who string) {
+		if _, all := d.metrics(t, pod); len(all) != 1 || all[0].GetName() != fsUsage || all[0].GetValue().GetValue() != 8192 {
+			t.Errorf("%s knows that it has exited: %v", who, series(t, keys, all...))
+		}
+	}
+	status.State = podvm.Exited
+	exited("the node")
+	status.State = podvm.Running
+	stats.Containers[0].Cgroup, stats.Pod = podvm.Cgroup{}, podvm.Cgroup{}
+	exited("the guest")
+	if ofPod, _ := d.metrics(t, pod); has(ofPod, "container_cpu_usage_seconds_total") || has(ofPod, lastSeen) || !has(ofPod, "container_network_receive_bytes_total") {
+		t.Errorf("a pod without a cgroup: %v", series(t, keys, ofPod...))
 	}
 }

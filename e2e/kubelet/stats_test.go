@@ -83,6 +83,12 @@ func (m *machine) compareMetrics(t *testing.T, text string, least, most float64)
 	if received, err := metric(text, "container_network_receive_bytes_total", `interface="eth0"`, `pod="pair-`+m.name+`"`); err != nil || received == 0 {
 		t.Errorf("received bytes by the metrics: %.0f, %v", received, err)
 	}
+	if received, err := metric(text, "container_network_receive_packets_total", `interface="eth0"`, `pod="pair-`+m.name+`"`); err != nil || received == 0 {
+		t.Errorf("received packets by the metrics: %.0f, %v", received, err)
+	}
+	if cache, err := metric(text, "container_memory_cache", `container="worker"`, `pod="pair-`+m.name+`"`); err != nil || cache < 40<<20 {
+		t.Errorf("files in memory by the metrics: %.0f, %v, with 40 MiB in /dev/shm", cache, err)
+	}
 }
 
 func workerOf(s summary, name string) (containerStats, bool) {

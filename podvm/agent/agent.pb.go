@@ -2011,7 +2011,7 @@ func (x *StatsResponse) GetVolumes() []*VolumeStats {
 type ContainerStats struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Cgroup        *Cgroup                `protobuf:"bytes,2,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
+	Cgroup        *Cgroup                `protobuf:"bytes,2,opt,name=cgroup,proto3" json:"cgroup,omitempty"`                            // none: it has exited
 	LayerBytes    uint64                 `protobuf:"varint,3,opt,name=layer_bytes,json=layerBytes,proto3" json:"layer_bytes,omitempty"` // writable layer
 	LayerInodes   uint64                 `protobuf:"varint,4,opt,name=layer_inodes,json=layerInodes,proto3" json:"layer_inodes,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2137,21 +2137,32 @@ func (x *VolumeStats) GetInodes() uint64 {
 }
 
 type Cgroup struct {
-	state            protoimpl.MessageState `protogen:"open.v1"`
-	CpuUsageNs       uint64                 `protobuf:"varint,1,opt,name=cpu_usage_ns,json=cpuUsageNs,proto3" json:"cpu_usage_ns,omitempty"`
-	MemoryUsage      uint64                 `protobuf:"varint,2,opt,name=memory_usage,json=memoryUsage,proto3" json:"memory_usage,omitempty"`
-	MemoryWorkingSet uint64                 `protobuf:"varint,3,opt,name=memory_working_set,json=memoryWorkingSet,proto3" json:"memory_working_set,omitempty"`
-	MemoryRss        uint64                 `protobuf:"varint,4,opt,name=memory_rss,json=memoryRss,proto3" json:"memory_rss,omitempty"`
-	MemoryLimit      uint64                 `protobuf:"varint,5,opt,name=memory_limit,json=memoryLimit,proto3" json:"memory_limit,omitempty"` // 0: none
-	PageFaults       uint64                 `protobuf:"varint,6,opt,name=page_faults,json=pageFaults,proto3" json:"page_faults,omitempty"`
-	MajorPageFaults  uint64                 `protobuf:"varint,7,opt,name=major_page_faults,json=majorPageFaults,proto3" json:"major_page_faults,omitempty"`
-	SwapUsage        uint64                 `protobuf:"varint,8,opt,name=swap_usage,json=swapUsage,proto3" json:"swap_usage,omitempty"`
-	Pids             uint64                 `protobuf:"varint,9,opt,name=pids,proto3" json:"pids,omitempty"`
-	CpuPsi           *PSI                   `protobuf:"bytes,10,opt,name=cpu_psi,json=cpuPsi,proto3" json:"cpu_psi,omitempty"`
-	MemoryPsi        *PSI                   `protobuf:"bytes,11,opt,name=memory_psi,json=memoryPsi,proto3" json:"memory_psi,omitempty"`
-	IoPsi            *PSI                   `protobuf:"bytes,12,opt,name=io_psi,json=ioPsi,proto3" json:"io_psi,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	CpuUsageNs         uint64                 `protobuf:"varint,1,opt,name=cpu_usage_ns,json=cpuUsageNs,proto3" json:"cpu_usage_ns,omitempty"`
+	MemoryUsage        uint64                 `protobuf:"varint,2,opt,name=memory_usage,json=memoryUsage,proto3" json:"memory_usage,omitempty"`
+	MemoryWorkingSet   uint64                 `protobuf:"varint,3,opt,name=memory_working_set,json=memoryWorkingSet,proto3" json:"memory_working_set,omitempty"`
+	MemoryRss          uint64                 `protobuf:"varint,4,opt,name=memory_rss,json=memoryRss,proto3" json:"memory_rss,omitempty"`
+	MemoryLimit        uint64                 `protobuf:"varint,5,opt,name=memory_limit,json=memoryLimit,proto3" json:"memory_limit,omitempty"` // 0: none
+	PageFaults         uint64                 `protobuf:"varint,6,opt,name=page_faults,json=pageFaults,proto3" json:"page_faults,omitempty"`
+	MajorPageFaults    uint64                 `protobuf:"varint,7,opt,name=major_page_faults,json=majorPageFaults,proto3" json:"major_page_faults,omitempty"`
+	SwapUsage          uint64                 `protobuf:"varint,8,opt,name=swap_usage,json=swapUsage,proto3" json:"swap_usage,omitempty"`
+	Pids               uint64                 `protobuf:"varint,9,opt,name=pids,proto3" json:"pids,omitempty"`
+	CpuPsi             *PSI                   `protobuf:"bytes,10,opt,name=cpu_psi,json=cpuPsi,proto3" json:"cpu_psi,omitempty"`
+	MemoryPsi          *PSI                   `protobuf:"bytes,11,opt,name=memory_psi,json=memoryPsi,proto3" json:"memory_psi,omitempty"`
+	IoPsi              *PSI                   `protobuf:"bytes,12,opt,name=io_psi,json=ioPsi,proto3" json:"io_psi,omitempty"`
+	CpuUserNs          uint64                 `protobuf:"varint,13,opt,name=cpu_user_ns,json=cpuUserNs,proto3" json:"cpu_user_ns,omitempty"`
+	CpuSystemNs        uint64                 `protobuf:"varint,14,opt,name=cpu_system_ns,json=cpuSystemNs,proto3" json:"cpu_system_ns,omitempty"`
+	Throttling         *Throttling            `protobuf:"bytes,15,opt,name=throttling,proto3" json:"throttling,omitempty"`                       // none: the kernel has no limits of CPU time
+	MemoryCache        uint64                 `protobuf:"varint,16,opt,name=memory_cache,json=memoryCache,proto3" json:"memory_cache,omitempty"` // files and tmpfs
+	MemoryMappedFile   uint64                 `protobuf:"varint,17,opt,name=memory_mapped_file,json=memoryMappedFile,proto3" json:"memory_mapped_file,omitempty"`
+	MemoryActiveFile   uint64                 `protobuf:"varint,18,opt,name=memory_active_file,json=memoryActiveFile,proto3" json:"memory_active_file,omitempty"`
+	MemoryInactiveFile uint64                 `protobuf:"varint,19,opt,name=memory_inactive_file,json=memoryInactiveFile,proto3" json:"memory_inactive_file,omitempty"`
+	MemoryKernel       uint64                 `protobuf:"varint,20,opt,name=memory_kernel,json=memoryKernel,proto3" json:"memory_kernel,omitempty"`
+	MemoryLimitHits    uint64                 `protobuf:"varint,21,opt,name=memory_limit_hits,json=memoryLimitHits,proto3" json:"memory_limit_hits,omitempty"` // how often the limit kept it from more
+	OomKills           uint64                 `protobuf:"varint,22,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`                        // processes
+	Disks              []*DiskIO              `protobuf:"bytes,23,rep,name=disks,proto3" json:"disks,omitempty"`                                               // those that it has read or written
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Cgroup) Reset() {
@@ -2268,6 +2279,220 @@ func (x *Cgroup) GetIoPsi() *PSI {
 	return nil
 }
 
+func (x *Cgroup) GetCpuUserNs() uint64 {
+	if x != nil {
+		return x.CpuUserNs
+	}
+	return 0
+}
+
+func (x *Cgroup) GetCpuSystemNs() uint64 {
+	if x != nil {
+		return x.CpuSystemNs
+	}
+	return 0
+}
+
+func (x *Cgroup) GetThrottling() *Throttling {
+	if x != nil {
+		return x.Throttling
+	}
+	return nil
+}
+
+func (x *Cgroup) GetMemoryCache() uint64 {
+	if x != nil {
+		return x.MemoryCache
+	}
+	return 0
+}
+
+func (x *Cgroup) GetMemoryMappedFile() uint64 {
+	if x != nil {
+		return x.MemoryMappedFile
+	}
+	return 0
+}
+
+func (x *Cgroup) GetMemoryActiveFile() uint64 {
+	if x != nil {
+		return x.MemoryActiveFile
+	}
+	return 0
+}
+
+func (x *Cgroup) GetMemoryInactiveFile() uint64 {
+	if x != nil {
+		return x.MemoryInactiveFile
+	}
+	return 0
+}
+
+func (x *Cgroup) GetMemoryKernel() uint64 {
+	if x != nil {
+		return x.MemoryKernel
+	}
+	return 0
+}
+
+func (x *Cgroup) GetMemoryLimitHits() uint64 {
+	if x != nil {
+		return x.MemoryLimitHits
+	}
+	return 0
+}
+
+func (x *Cgroup) GetOomKills() uint64 {
+	if x != nil {
+		return x.OomKills
+	}
+	return 0
+}
+
+func (x *Cgroup) GetDisks() []*DiskIO {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// Throttling is what the limit of CPU time did.
+type Throttling struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Periods          uint64                 `protobuf:"varint,1,opt,name=periods,proto3" json:"periods,omitempty"`
+	ThrottledPeriods uint64                 `protobuf:"varint,2,opt,name=throttled_periods,json=throttledPeriods,proto3" json:"throttled_periods,omitempty"`
+	ThrottledNs      uint64                 `protobuf:"varint,3,opt,name=throttled_ns,json=throttledNs,proto3" json:"throttled_ns,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Throttling) Reset() {
+	*x = Throttling{}
+	mi := &file_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Throttling) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Throttling) ProtoMessage() {}
+
+func (x *Throttling) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Throttling.ProtoReflect.Descriptor instead.
+func (*Throttling) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *Throttling) GetPeriods() uint64 {
+	if x != nil {
+		return x.Periods
+	}
+	return 0
+}
+
+func (x *Throttling) GetThrottledPeriods() uint64 {
+	if x != nil {
+		return x.ThrottledPeriods
+	}
+	return 0
+}
+
+func (x *Throttling) GetThrottledNs() uint64 {
+	if x != nil {
+		return x.ThrottledNs
+	}
+	return 0
+}
+
+type DiskIO struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Device        string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"` // the kernel's name: vda
+	Reads         uint64                 `protobuf:"varint,2,opt,name=reads,proto3" json:"reads,omitempty"`
+	ReadBytes     uint64                 `protobuf:"varint,3,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`
+	Writes        uint64                 `protobuf:"varint,4,opt,name=writes,proto3" json:"writes,omitempty"`
+	WriteBytes    uint64                 `protobuf:"varint,5,opt,name=write_bytes,json=writeBytes,proto3" json:"write_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskIO) Reset() {
+	*x = DiskIO{}
+	mi := &file_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskIO) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskIO) ProtoMessage() {}
+
+func (x *DiskIO) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskIO.ProtoReflect.Descriptor instead.
+func (*DiskIO) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *DiskIO) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DiskIO) GetReads() uint64 {
+	if x != nil {
+		return x.Reads
+	}
+	return 0
+}
+
+func (x *DiskIO) GetReadBytes() uint64 {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return 0
+}
+
+func (x *DiskIO) GetWrites() uint64 {
+	if x != nil {
+		return x.Writes
+	}
+	return 0
+}
+
+func (x *DiskIO) GetWriteBytes() uint64 {
+	if x != nil {
+		return x.WriteBytes
+	}
+	return 0
+}
+
 type PSI struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Full          *PSIData               `protobuf:"bytes,1,opt,name=full,proto3" json:"full,omitempty"`
@@ -2278,7 +2503,7 @@ type PSI struct {
 
 func (x *PSI) Reset() {
 	*x = PSI{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2515,7 @@ func (x *PSI) String() string {
 func (*PSI) ProtoMessage() {}
 
 func (x *PSI) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +2528,7 @@ func (x *PSI) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PSI.ProtoReflect.Descriptor instead.
 func (*PSI) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PSI) GetFull() *PSIData {
@@ -2332,7 +2557,7 @@ type PSIData struct {
 
 func (x *PSIData) Reset() {
 	*x = PSIData{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2344,7 +2569,7 @@ func (x *PSIData) String() string {
 func (*PSIData) ProtoMessage() {}
 
 func (x *PSIData) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2357,7 +2582,7 @@ func (x *PSIData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PSIData.ProtoReflect.Descriptor instead.
 func (*PSIData) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PSIData) GetTotalUs() uint64 {
@@ -2395,13 +2620,17 @@ type NetStats struct {
 	RxErrors      uint64                 `protobuf:"varint,3,opt,name=rx_errors,json=rxErrors,proto3" json:"rx_errors,omitempty"`
 	TxBytes       uint64                 `protobuf:"varint,4,opt,name=tx_bytes,json=txBytes,proto3" json:"tx_bytes,omitempty"`
 	TxErrors      uint64                 `protobuf:"varint,5,opt,name=tx_errors,json=txErrors,proto3" json:"tx_errors,omitempty"`
+	RxPackets     uint64                 `protobuf:"varint,6,opt,name=rx_packets,json=rxPackets,proto3" json:"rx_packets,omitempty"`
+	RxDropped     uint64                 `protobuf:"varint,7,opt,name=rx_dropped,json=rxDropped,proto3" json:"rx_dropped,omitempty"`
+	TxPackets     uint64                 `protobuf:"varint,8,opt,name=tx_packets,json=txPackets,proto3" json:"tx_packets,omitempty"`
+	TxDropped     uint64                 `protobuf:"varint,9,opt,name=tx_dropped,json=txDropped,proto3" json:"tx_dropped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NetStats) Reset() {
 	*x = NetStats{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2413,7 +2642,7 @@ func (x *NetStats) String() string {
 func (*NetStats) ProtoMessage() {}
 
 func (x *NetStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2426,7 +2655,7 @@ func (x *NetStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetStats.ProtoReflect.Descriptor instead.
 func (*NetStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetStats) GetName() string {
@@ -2464,6 +2693,34 @@ func (x *NetStats) GetTxErrors() uint64 {
 	return 0
 }
 
+func (x *NetStats) GetRxPackets() uint64 {
+	if x != nil {
+		return x.RxPackets
+	}
+	return 0
+}
+
+func (x *NetStats) GetRxDropped() uint64 {
+	if x != nil {
+		return x.RxDropped
+	}
+	return 0
+}
+
+func (x *NetStats) GetTxPackets() uint64 {
+	if x != nil {
+		return x.TxPackets
+	}
+	return 0
+}
+
+func (x *NetStats) GetTxDropped() uint64 {
+	if x != nil {
+		return x.TxDropped
+	}
+	return 0
+}
+
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2472,7 +2729,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2741,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +2754,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 type ContainerState struct {
@@ -2516,7 +2773,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2528,7 +2785,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2541,7 +2798,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ContainerState) GetId() string {
@@ -2610,7 +2867,7 @@ type WrittenFile struct {
 
 func (x *WrittenFile) Reset() {
 	*x = WrittenFile{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +2879,7 @@ func (x *WrittenFile) String() string {
 func (*WrittenFile) ProtoMessage() {}
 
 func (x *WrittenFile) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +2892,7 @@ func (x *WrittenFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrittenFile.ProtoReflect.Descriptor instead.
 func (*WrittenFile) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WrittenFile) GetName() string {
@@ -2815,7 +3072,7 @@ const file_agent_proto_rawDesc = "" +
 	"\vVolumeStats\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x16\n" +
-	"\x06inodes\x18\x03 \x01(\x04R\x06inodes\"\xd1\x03\n" +
+	"\x06inodes\x18\x03 \x01(\x04R\x06inodes\"\xa2\a\n" +
 	"\x06Cgroup\x12 \n" +
 	"\fcpu_usage_ns\x18\x01 \x01(\x04R\n" +
 	"cpuUsageNs\x12!\n" +
@@ -2834,7 +3091,33 @@ const file_agent_proto_rawDesc = "" +
 	" \x01(\v2\x15.caisson.agent.v1.PSIR\x06cpuPsi\x124\n" +
 	"\n" +
 	"memory_psi\x18\v \x01(\v2\x15.caisson.agent.v1.PSIR\tmemoryPsi\x12,\n" +
-	"\x06io_psi\x18\f \x01(\v2\x15.caisson.agent.v1.PSIR\x05ioPsi\"c\n" +
+	"\x06io_psi\x18\f \x01(\v2\x15.caisson.agent.v1.PSIR\x05ioPsi\x12\x1e\n" +
+	"\vcpu_user_ns\x18\r \x01(\x04R\tcpuUserNs\x12\"\n" +
+	"\rcpu_system_ns\x18\x0e \x01(\x04R\vcpuSystemNs\x12<\n" +
+	"\n" +
+	"throttling\x18\x0f \x01(\v2\x1c.caisson.agent.v1.ThrottlingR\n" +
+	"throttling\x12!\n" +
+	"\fmemory_cache\x18\x10 \x01(\x04R\vmemoryCache\x12,\n" +
+	"\x12memory_mapped_file\x18\x11 \x01(\x04R\x10memoryMappedFile\x12,\n" +
+	"\x12memory_active_file\x18\x12 \x01(\x04R\x10memoryActiveFile\x120\n" +
+	"\x14memory_inactive_file\x18\x13 \x01(\x04R\x12memoryInactiveFile\x12#\n" +
+	"\rmemory_kernel\x18\x14 \x01(\x04R\fmemoryKernel\x12*\n" +
+	"\x11memory_limit_hits\x18\x15 \x01(\x04R\x0fmemoryLimitHits\x12\x1b\n" +
+	"\toom_kills\x18\x16 \x01(\x04R\boomKills\x12.\n" +
+	"\x05disks\x18\x17 \x03(\v2\x18.caisson.agent.v1.DiskIOR\x05disks\"v\n" +
+	"\n" +
+	"Throttling\x12\x18\n" +
+	"\aperiods\x18\x01 \x01(\x04R\aperiods\x12+\n" +
+	"\x11throttled_periods\x18\x02 \x01(\x04R\x10throttledPeriods\x12!\n" +
+	"\fthrottled_ns\x18\x03 \x01(\x04R\vthrottledNs\"\x8e\x01\n" +
+	"\x06DiskIO\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x14\n" +
+	"\x05reads\x18\x02 \x01(\x04R\x05reads\x12\x1d\n" +
+	"\n" +
+	"read_bytes\x18\x03 \x01(\x04R\treadBytes\x12\x16\n" +
+	"\x06writes\x18\x04 \x01(\x04R\x06writes\x12\x1f\n" +
+	"\vwrite_bytes\x18\x05 \x01(\x04R\n" +
+	"writeBytes\"c\n" +
 	"\x03PSI\x12-\n" +
 	"\x04full\x18\x01 \x01(\v2\x19.caisson.agent.v1.PSIDataR\x04full\x12-\n" +
 	"\x04some\x18\x02 \x01(\v2\x19.caisson.agent.v1.PSIDataR\x04some\"h\n" +
@@ -2842,13 +3125,21 @@ const file_agent_proto_rawDesc = "" +
 	"\btotal_us\x18\x01 \x01(\x04R\atotalUs\x12\x14\n" +
 	"\x05avg10\x18\x02 \x01(\x01R\x05avg10\x12\x14\n" +
 	"\x05avg60\x18\x03 \x01(\x01R\x05avg60\x12\x16\n" +
-	"\x06avg300\x18\x04 \x01(\x01R\x06avg300\"\x8e\x01\n" +
+	"\x06avg300\x18\x04 \x01(\x01R\x06avg300\"\x8a\x02\n" +
 	"\bNetStats\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\brx_bytes\x18\x02 \x01(\x04R\arxBytes\x12\x1b\n" +
 	"\trx_errors\x18\x03 \x01(\x04R\brxErrors\x12\x19\n" +
 	"\btx_bytes\x18\x04 \x01(\x04R\atxBytes\x12\x1b\n" +
-	"\ttx_errors\x18\x05 \x01(\x04R\btxErrors\"\x0e\n" +
+	"\ttx_errors\x18\x05 \x01(\x04R\btxErrors\x12\x1d\n" +
+	"\n" +
+	"rx_packets\x18\x06 \x01(\x04R\trxPackets\x12\x1d\n" +
+	"\n" +
+	"rx_dropped\x18\a \x01(\x04R\trxDropped\x12\x1d\n" +
+	"\n" +
+	"tx_packets\x18\b \x01(\x04R\ttxPackets\x12\x1d\n" +
+	"\n" +
+	"tx_dropped\x18\t \x01(\x04R\ttxDropped\"\x0e\n" +
 	"\fWatchRequest\"\x98\x02\n" +
 	"\x0eContainerState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12-\n" +
@@ -2898,7 +3189,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_agent_proto_goTypes = []any{
 	(State)(0),             // 0: caisson.agent.v1.State
 	(*Empty)(nil),          // 1: caisson.agent.v1.Empty
@@ -2933,19 +3224,21 @@ var file_agent_proto_goTypes = []any{
 	(*ContainerStats)(nil), // 30: caisson.agent.v1.ContainerStats
 	(*VolumeStats)(nil),    // 31: caisson.agent.v1.VolumeStats
 	(*Cgroup)(nil),         // 32: caisson.agent.v1.Cgroup
-	(*PSI)(nil),            // 33: caisson.agent.v1.PSI
-	(*PSIData)(nil),        // 34: caisson.agent.v1.PSIData
-	(*NetStats)(nil),       // 35: caisson.agent.v1.NetStats
-	(*WatchRequest)(nil),   // 36: caisson.agent.v1.WatchRequest
-	(*ContainerState)(nil), // 37: caisson.agent.v1.ContainerState
-	(*WrittenFile)(nil),    // 38: caisson.agent.v1.WrittenFile
-	nil,                    // 39: caisson.agent.v1.NetworkRequest.SysctlsEntry
+	(*Throttling)(nil),     // 33: caisson.agent.v1.Throttling
+	(*DiskIO)(nil),         // 34: caisson.agent.v1.DiskIO
+	(*PSI)(nil),            // 35: caisson.agent.v1.PSI
+	(*PSIData)(nil),        // 36: caisson.agent.v1.PSIData
+	(*NetStats)(nil),       // 37: caisson.agent.v1.NetStats
+	(*WatchRequest)(nil),   // 38: caisson.agent.v1.WatchRequest
+	(*ContainerState)(nil), // 39: caisson.agent.v1.ContainerState
+	(*WrittenFile)(nil),    // 40: caisson.agent.v1.WrittenFile
+	nil,                    // 41: caisson.agent.v1.NetworkRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	5,  // 0: caisson.agent.v1.SetupRequest.dns:type_name -> caisson.agent.v1.DNS
 	6,  // 1: caisson.agent.v1.SetupRequest.network:type_name -> caisson.agent.v1.NetworkRequest
 	7,  // 2: caisson.agent.v1.NetworkRequest.interfaces:type_name -> caisson.agent.v1.Interface
-	39, // 3: caisson.agent.v1.NetworkRequest.sysctls:type_name -> caisson.agent.v1.NetworkRequest.SysctlsEntry
+	41, // 3: caisson.agent.v1.NetworkRequest.sysctls:type_name -> caisson.agent.v1.NetworkRequest.SysctlsEntry
 	8,  // 4: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
 	9,  // 5: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
 	12, // 6: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
@@ -2960,47 +3253,49 @@ var file_agent_proto_depIdxs = []int32{
 	15, // 15: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
 	32, // 16: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
 	30, // 17: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
-	35, // 18: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
+	37, // 18: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
 	31, // 19: caisson.agent.v1.StatsResponse.volumes:type_name -> caisson.agent.v1.VolumeStats
 	32, // 20: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
-	33, // 21: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
-	33, // 22: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
-	33, // 23: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
-	34, // 24: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
-	34, // 25: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
-	0,  // 26: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
-	38, // 27: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
-	2,  // 28: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
-	10, // 29: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.CreateRequest
-	3,  // 30: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
-	6,  // 31: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
-	10, // 32: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
-	21, // 33: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
-	23, // 34: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
-	24, // 35: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
-	25, // 36: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
-	26, // 37: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
-	27, // 38: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
-	28, // 39: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
-	36, // 40: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
-	1,  // 41: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
-	1,  // 42: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
-	4,  // 43: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
-	1,  // 44: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
-	11, // 45: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
-	22, // 46: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
-	1,  // 47: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
-	1,  // 48: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
-	1,  // 49: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
-	1,  // 50: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
-	1,  // 51: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
-	29, // 52: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
-	37, // 53: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
-	41, // [41:54] is the sub-list for method output_type
-	28, // [28:41] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	35, // 21: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
+	35, // 22: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
+	35, // 23: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
+	33, // 24: caisson.agent.v1.Cgroup.throttling:type_name -> caisson.agent.v1.Throttling
+	34, // 25: caisson.agent.v1.Cgroup.disks:type_name -> caisson.agent.v1.DiskIO
+	36, // 26: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
+	36, // 27: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
+	0,  // 28: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
+	40, // 29: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
+	2,  // 30: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
+	10, // 31: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.CreateRequest
+	3,  // 32: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
+	6,  // 33: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
+	10, // 34: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
+	21, // 35: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
+	23, // 36: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
+	24, // 37: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
+	25, // 38: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
+	26, // 39: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
+	27, // 40: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
+	28, // 41: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
+	38, // 42: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
+	1,  // 43: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
+	1,  // 44: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
+	4,  // 45: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
+	1,  // 46: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
+	11, // 47: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
+	22, // 48: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
+	1,  // 49: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
+	1,  // 50: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
+	1,  // 51: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
+	1,  // 52: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
+	1,  // 53: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
+	29, // 54: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
+	39, // 55: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
+	43, // [43:56] is the sub-list for method output_type
+	30, // [30:43] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3021,7 +3316,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   39,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

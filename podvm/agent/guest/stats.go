@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -18,15 +19,16 @@ import (
 // stats reads what the pod uses now.
 func (a *Agent) stats(ctx context.Context) (*agent.StatsResponse, error) {
 	resp := &agent.StatsResponse{TimestampNs: time.Now().UnixNano()}
+	names := diskNames{}
 	if !a.o.NoCgroups {
-		resp.Pod = cgroupStats(podCgroup)
+		resp.Pod = cgroupStats(podCgroup, names)
 	}
 	resp.MemoryTotal, resp.MemoryAvailable = memory()
 	_, quotas := a.storage()
 	for _, c := range a.living() {
 		s := &agent.ContainerStats{Id: c.id}
 		if !a.o.NoCgroups && c.now().State != agent.State_STATE_EXITED {
-			s.Cgroup = cgroupStats(c.cgroupDir())
+			s.Cgroup = cgroupStats(c.cgroupDir(), names)
 		}
 		var err error
 		if s.LayerBytes, s.LayerInodes, err = quotas.usage(ctx, c.project, c.layer); err != nil {
@@ -59,28 +61,102 @@ func (a *Agent) living() []*container {
 	return all
 }
 
-// cgroupStats reads a cgroup's files; what the kernel does not have is 0.
-func cgroupStats(dir string) *agent.Cgroup {
+// cgroupStats reads a cgroup's files, each once; what the kernel does not have is 0. It is nil where
+// there is no such cgroup: cpu.stat is in each.
+func cgroupStats(dir string, names diskNames) *agent.Cgroup {
 	file := func(name string) string { return readFile(filepath.Join(dir, name)) }
-	memory := file("memory.stat")
+	cpu := file("cpu.stat")
+	if cpu == "" {
+		return nil
+	}
+	memory, events := file("memory.stat"), file("memory.events")
 	c := &agent.Cgroup{
-		CpuUsageNs:      keyed(file("cpu.stat"), "usage_usec") * 1000,
-		MemoryUsage:     number(file("memory.current")),
-		MemoryRss:       keyed(memory, "anon"),
-		MemoryLimit:     number(file("memory.max")),
-		PageFaults:      keyed(memory, "pgfault"),
-		MajorPageFaults: keyed(memory, "pgmajfault"),
-		SwapUsage:       number(file("memory.swap.current")),
-		Pids:            number(file("pids.current")),
-		CpuPsi:          pressure(file("cpu.pressure")),
-		MemoryPsi:       pressure(file("memory.pressure")),
-		IoPsi:           pressure(file("io.pressure")),
+		CpuUsageNs:         keyed(cpu, "usage_usec") * 1000,
+		CpuUserNs:          keyed(cpu, "user_usec") * 1000,
+		CpuSystemNs:        keyed(cpu, "system_usec") * 1000,
+		Throttling:         throttling(cpu),
+		MemoryUsage:        number(file("memory.current")),
+		MemoryRss:          keyed(memory, "anon"),
+		MemoryCache:        keyed(memory, "file"),
+		MemoryMappedFile:   keyed(memory, "file_mapped"),
+		MemoryActiveFile:   keyed(memory, "active_file"),
+		MemoryInactiveFile: keyed(memory, "inactive_file"),
+		MemoryKernel:       keyed(memory, "kernel"),
+		MemoryLimit:        number(file("memory.max")),
+		MemoryLimitHits:    keyed(events, "max"),
+		OomKills:           keyed(events, "oom_kill"),
+		PageFaults:         keyed(memory, "pgfault"),
+		MajorPageFaults:    keyed(memory, "pgmajfault"),
+		SwapUsage:          number(file("memory.swap.current")),
+		Pids:               number(file("pids.current")),
+		Disks:              diskIO(file("io.stat"), names),
+		CpuPsi:             pressure(file("cpu.pressure")),
+		MemoryPsi:          pressure(file("memory.pressure")),
+		IoPsi:              pressure(file("io.pressure")),
 	}
 	// What the kernel would take back first does not count as in use, as in cAdvisor.
-	if inactive := keyed(memory, "inactive_file"); inactive < c.MemoryUsage {
-		c.MemoryWorkingSet = c.MemoryUsage - inactive
+	if c.MemoryInactiveFile < c.MemoryUsage {
+		c.MemoryWorkingSet = c.MemoryUsage - c.MemoryInactiveFile
 	}
 	return c
+}
+
+// throttling reads it off cpu.stat; nil from a kernel that limits no CPU time.
+func throttling(cpu string) *agent.Throttling {
+	if !strings.Contains(cpu, "nr_periods ") {
+		return nil
+	}
+	return &agent.Throttling{
+		Periods:          keyed(cpu, "nr_periods"),
+		ThrottledPeriods: keyed(cpu, "nr_throttled"),
+		ThrottledNs:      keyed(cpu, "throttled_usec") * 1000,
+	}
+}
+
+// diskIO reads io.stat. A disk without counters or name, as one that is being unplugged, is left out.
+// Source: Documentation/admin-guide/cgroup-v2.rst of the Linux kernel.
+func diskIO(text string, names diskNames) []*agent.DiskIO {
+	var all []*agent.DiskIO
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		d := &agent.DiskIO{Device: names.of(fields[0])}
+		if d.Device == "" {
+			continue
+		}
+		for _, field := range fields[1:] {
+			key, value, _ := strings.Cut(field, "=")
+			switch key {
+			case "rios":
+				d.Reads = number(value)
+			case "rbytes":
+				d.ReadBytes = number(value)
+			case "wios":
+				d.Writes = number(value)
+			case "wbytes":
+				d.WriteBytes = number(value)
+			}
+		}
+		all = append(all, d)
+	}
+	return all
+}
+
+// diskNames are the kernel's names of disks by "major:minor", looked up once each.
+type diskNames map[string]string
+
+// of is "" where the kernel has no such disk.
+func (n diskNames) of(number string) string {
+	name, known := n[number]
+	if !known {
+		if target, err := os.Readlink("/sys/dev/block/" + number); err == nil {
+			name = filepath.Base(target)
+		}
+		n[number] = name
+	}
+	return name
 }
 
 // pressure reads a PSI file. Source: Documentation/accounting/psi.rst of the Linux kernel.
@@ -152,7 +228,11 @@ func netStats() ([]*agent.NetStats, error) {
 		if attrs.Name == "lo" || s == nil {
 			continue
 		}
-		all = append(all, &agent.NetStats{Name: attrs.Name, RxBytes: s.RxBytes, RxErrors: s.RxErrors, TxBytes: s.TxBytes, TxErrors: s.TxErrors})
+		all = append(all, &agent.NetStats{
+			Name:    attrs.Name,
+			RxBytes: s.RxBytes, RxPackets: s.RxPackets, RxErrors: s.RxErrors, RxDropped: s.RxDropped,
+			TxBytes: s.TxBytes, TxPackets: s.TxPackets, TxErrors: s.TxErrors, TxDropped: s.TxDropped,
+		})
 	}
 	return all, nil
 }

@@ -220,6 +220,9 @@ func (m *machine) stats(t *testing.T) {
 	if c.LayerBytes < 8*mib || c.LayerBytes > 10*mib || c.Cgroup.MemoryLimit != 64*mib || c.Cgroup.CpuUsageNs == 0 || s.Pod.CpuUsageNs == 0 || c.Cgroup.Pids == 0 {
 		t.Errorf("container: %v", c)
 	}
+	if g := c.Cgroup; g.CpuUserNs+g.CpuSystemNs == 0 || g.MemoryCache < 8*mib || g.MemoryKernel == 0 || g.Throttling == nil || g.OomKills != 0 {
+		t.Errorf("cgroup: %v", g)
+	}
 	// Its file has no name any more: only the kernel knows what it takes.
 	if len(s.Volumes) != 1 || s.Volumes[0].Bytes < 4*mib || s.Volumes[0].Bytes > 5*mib || s.MemoryTotal == 0 {
 		t.Errorf("volumes: %v", s.Volumes)
