@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"strings"
 	"time"
@@ -87,6 +88,9 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	}); err != nil {
 		return nil, err
 	}
+	if err := checkGroups(made.Groups); err != nil {
+		return nil, err
+	}
 	err = c.record.set(func(r *containerRecord) {
 		r.User = &ResolvedUser{UID: made.Uid, GID: made.Gid, SupplementalGroups: made.Groups}
 		r.Phases = n.all()
@@ -102,6 +106,23 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	slog.Info("container created", "pod", p.id, "container", c.id, "name", config.Name, "ms", time.Since(c.created).Milliseconds())
 	p.m.events.send(Event{Kind: EventCreated, Pod: p.Status(), Container: c.Status()})
 	return c, nil
+}
+
+// groupsMax is how many groups a process may have.
+// Source: NGROUPS_MAX of linux/limits.h.
+const groupsMax = 65536
+
+// checkGroups refuses what a guest can't have found: the record would keep it.
+func checkGroups(groups []int64) error {
+	if len(groups) > groupsMax {
+		return fmt.Errorf("the guest gives the container %d groups, at most %d are possible", len(groups), groupsMax)
+	}
+	for _, id := range groups {
+		if id < 0 || id > math.MaxUint32 {
+			return fmt.Errorf("the guest gives the container the group %d, which can't be", id)
+		}
+	}
+	return nil
 }
 
 // newContainer is a container that is being made.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -281,5 +282,17 @@ func TestRecordBehind(t *testing.T) {
 	}
 	if len(r.Disks) != 1 || len(r.Shares) != 1 {
 		t.Errorf("the record has the disks %v, the directories %v", r.Disks, r.Shares)
+	}
+}
+
+// TestHostileGroups: what no guest can have found is not recorded.
+func TestHostileGroups(t *testing.T) {
+	if err := checkGroups([]int64{0, math.MaxUint32}); err != nil {
+		t.Error(err)
+	}
+	for _, groups := range [][]int64{{-1}, {math.MaxUint32 + 1}, make([]int64, groupsMax+1)} {
+		if err := checkGroups(groups); err == nil {
+			t.Errorf("%d groups, the first %d, are taken", len(groups), groups[0])
+		}
 	}
 }

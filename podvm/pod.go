@@ -364,6 +364,7 @@ func relay(conn net.Conn, stream io.ReadWriteCloser) error {
 	}()
 	_, err := io.Copy(stream, conn)
 	stream.Close() // all that the pod had to say was said: the client's next word would reach nobody
+	conn.Close()   // nor does what it has said already, where the pod does not read
 	<-up
 	return err
 }

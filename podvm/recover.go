@@ -60,7 +60,7 @@ func (m *Manager) Recover(ctx context.Context) error {
 // recoverPod brings back one pod. A pod that can't be is shown as not ready, with the reason. An error is not
 // the pod's: it is as it was.
 func (m *Manager) recoverPod(ctx context.Context, id string) error {
-	if len(id) != 64 || !isHex(id) {
+	if !isID(id) {
 		slog.Warn("not a pod's folder, left alone", "path", m.layout.pod(id))
 		return nil
 	}
@@ -227,7 +227,7 @@ func (p *Pod) found(ctx context.Context, unknown []string) {
 // whose record can't be read goes on.
 func (p *Pod) removeUnknown(ctx context.Context, ids []string) {
 	for _, id := range ids {
-		if len(id) != 64 || !isHex(id) {
+		if !isID(id) {
 			continue
 		}
 		if _, err := os.Lstat(p.m.layout.container(p.id, id)); !errors.Is(err, fs.ErrNotExist) {

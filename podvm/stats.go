@@ -179,5 +179,13 @@ func psiData(d *agent.PSIData) PSIData {
 	if d == nil {
 		return PSIData{}
 	}
-	return PSIData{time.Duration(d.TotalUs) * time.Microsecond, d.Avg10, d.Avg60, d.Avg300}
+	return PSIData{time.Duration(d.TotalUs) * time.Microsecond, percent(d.Avg10), percent(d.Avg60), percent(d.Avg300)}
+}
+
+// percent is a share, if it can be true: no JSON can hold what is no number.
+func percent(f float64) float64 {
+	if f >= 0 && f <= 100 {
+		return f
+	}
+	return 0
 }

@@ -67,3 +67,13 @@ func TestPodStatsOfHostileGuest(t *testing.T) {
 		t.Errorf("%d interfaces and %d disks; want %d and %d", n, d, maxInterfaces, maxDisks)
 	}
 }
+
+// TestPressureOfHostileGuest: shares are what JSON can hold.
+func TestPressureOfHostileGuest(t *testing.T) {
+	for given, want := range map[float64]float64{12.5: 12.5, 100: 100, -1: 0, 101: 0, math.Inf(1): 0, math.NaN(): 0} {
+		got := psiData(&agent.PSIData{Avg10: given, Avg60: given, Avg300: given})
+		if got != (PSIData{Avg10: want, Avg60: want, Avg300: want}) {
+			t.Errorf("%v: %+v", given, got)
+		}
+	}
+}

@@ -26,9 +26,9 @@ const fileMax = 1 << 20
 // insteadOfCopy is what is left to do about what is too large to be copied.
 const insteadOfCopy = "put it into an image, and mount that as a volume of type image"
 
-// readFile reads a regular file for the guest, without following a link that took its place.
+// readFile reads a regular file for the guest, without following a link that took its place, or its directory's.
 func readFile(path, name string, info fs.FileInfo) (*agent.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := openAsFound(path, unix.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}

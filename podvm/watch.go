@@ -119,7 +119,8 @@ func (p *Pod) endContainers(reason, message string) {
 	}
 }
 
-// How long after a broken stream the agent is asked again: at first, and at last.
+// How long after a broken stream the agent is asked again: at first, which it is anew after a stream that
+// lasted, and at last.
 const (
 	rewatch     = 100 * time.Millisecond
 	rewatchLast = 10 * time.Second
@@ -128,9 +129,13 @@ const (
 // watchAgent follows the states of containers until ctx ends.
 func (p *Pod) watchAgent(ctx context.Context, listed func(unknown []string)) {
 	for wait := rewatch; ; wait = min(2*wait, rewatchLast) {
-		err := p.watchOnce(ctx, func(unknown []string) { listed(unknown); wait = rewatch })
+		began := time.Now()
+		err := p.watchOnce(ctx, listed)
 		if ctx.Err() != nil {
 			return
+		}
+		if time.Since(began) > rewatchLast {
+			wait = rewatch
 		}
 		slog.Warn("watch containers", "pod", p.id, "err", err)
 		select {
@@ -168,6 +173,9 @@ func (p *Pod) watchOnce(ctx context.Context, listed func(unknown []string)) erro
 		if listing != nil {
 			if len(listing) == listingMax {
 				return fmt.Errorf("the agent lists more than %d containers", listingMax)
+			}
+			if !isID(s.Id) {
+				return fmt.Errorf("the agent lists a container %q, which is no id", printable(s.Id[:min(len(s.Id), 80)]))
 			}
 			listing[s.Id] = true
 		}
@@ -237,10 +245,8 @@ func (c *Container) exit(ctx context.Context, s *agent.ContainerState) {
 		return
 	}
 	defer c.starting.unlock()
-	for _, f := range s.Files {
-		if err := writeBack(c.record.now().WriteBack, f); err != nil {
-			slog.Warn("write back a file of a container", "container", c.id, "err", err)
-		}
+	if err := writeBackAll(c.record.now().WriteBack, s.Files); err != nil {
+		slog.Warn("write back files of a container", "container", c.id, "err", err)
 	}
 	c.drain(ctx)
 	if ctx.Err() != nil {

@@ -251,12 +251,12 @@ func TestHostileReports(t *testing.T) {
 	future := time.Now().Add(100 * 365 * 24 * time.Hour).UnixNano()
 	a.do(func() {
 		a.reports = append(a.reports,
-			&agent.ContainerState{Id: "", State: exited},
-			&agent.ContainerState{Id: strings.Repeat("x", 1<<16), State: exited},
 			&agent.ContainerState{Id: foreign.ID(), State: exited, ExitCode: 9},
 			&agent.ContainerState{Id: running.ID(), State: 77},
 			&agent.ContainerState{Id: running.ID(), State: agent.State_STATE_CREATED},
 			&agent.ContainerState{Synced: true}, &agent.ContainerState{Synced: true},
+			&agent.ContainerState{Id: "", State: exited},
+			&agent.ContainerState{Id: strings.Repeat("x", 1<<16), State: exited},
 			&agent.ContainerState{Id: running.ID(), State: exited, ExitCode: -1 << 31, FinishedNs: future, OomKilled: true},
 			&agent.ContainerState{Id: running.ID(), State: exited, ExitCode: 1, FinishedNs: -1 << 63},
 			&agent.ContainerState{Id: running.ID(), State: agent.State_STATE_RUNNING},
@@ -281,6 +281,69 @@ func TestHostileReports(t *testing.T) {
 	}
 	if s := p.Status(); s.State != Ready {
 		t.Errorf("the pod is %+v", s)
+	}
+}
+
+// TestHostileListing: what a guest lists is remembered only where it can be a container's id.
+func TestHostileListing(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	a := n.agentOf(p.ID())
+	for _, id := range []string{"", "x", strings.Repeat("x", 64), strings.Repeat("a", 1<<16)} {
+		a.do(func() { a.reports = []*agent.ContainerState{{Id: id, State: agent.State_STATE_RUNNING}} })
+		err := p.watchOnce(soon(t), func([]string) { t.Errorf("%.80q is in a listing", id) })
+		if err == nil || !strings.Contains(err.Error(), "is no id") || len(err.Error()) > 200 {
+			t.Errorf("%.80q: %v", id, err)
+		}
+	}
+}
+
+// TestWriteBackOnce: a file is written once, and only one of the container's, however many a guest tells of.
+func TestWriteBackOnce(t *testing.T) {
+	path := filepath.Join(resolved(t), "log")
+	if err := os.WriteFile(path, []byte("as it was"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{"a": path}
+	for name, written := range map[string][]*agent.WrittenFile{
+		"twice":   {{Name: "a", Content: []byte("first")}, {Name: "a", Content: []byte("second")}},
+		"another": {{Name: "a", Content: []byte("first")}, {Name: "b"}, {Name: "b"}, {Name: "b"}},
+	} {
+		err := writeBackAll(files, written)
+		if err == nil || strings.Count(err.Error(), "the guest tells") != 1 {
+			t.Errorf("%s: %v", name, err)
+		}
+		if data, err := os.ReadFile(path); err != nil || string(data) != "first" {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
+	}
+}
+
+// TestWriteBackFollowsNoLinkAbove has a guest that can write to a directory above the file, which it shares,
+// put a link to another one there.
+func TestWriteBackFollowsNoLinkAbove(t *testing.T) {
+	dir := resolved(t)
+	ours, victim := filepath.Join(dir, "conf", "file"), filepath.Join(dir, "etc", "file")
+	for _, path := range []string{ours, victim} {
+		if err := errors.Join(os.Mkdir(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("safe"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	info, err := os.Stat(ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Rename(filepath.Dir(ours), filepath.Join(dir, "away")), os.Symlink(filepath.Dir(victim), filepath.Dir(ours))); err != nil {
+		t.Fatal(err)
+	}
+	if err := writeBackAll(map[string]string{"a": ours}, []*agent.WrittenFile{{Name: "a", Content: []byte("attack")}}); err == nil {
+		t.Error("a link was followed")
+	}
+	if data, err := os.ReadFile(victim); err != nil || string(data) != "safe" {
+		t.Errorf("the victim is %q, %v", data, err)
+	}
+	if f, err := readFile(ours, "", info); err == nil {
+		t.Errorf("a container gets %q", f.Content)
 	}
 }
 

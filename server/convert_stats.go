@@ -86,7 +86,8 @@ func criMemory(g podvm.Cgroup, at time.Time, total uint64) *cri.MemoryUsage {
 	return m
 }
 
-// criNetwork: the default interface is eth0, else the first.
+// criNetwork: the default interface is eth0, else the first; nil where there is none, because the kubelet
+// takes it for granted.
 func criNetwork(list []podvm.NetStats, at time.Time) *cri.NetworkUsage {
 	u := &cri.NetworkUsage{Timestamp: nano(at)}
 	for _, n := range list {
@@ -107,6 +108,9 @@ func criNetwork(list []podvm.NetStats, at time.Time) *cri.NetworkUsage {
 		default:
 			u.Interfaces = append(u.Interfaces, c)
 		}
+	}
+	if u.DefaultInterface == nil {
+		return nil
 	}
 	return u
 }

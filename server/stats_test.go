@@ -317,3 +317,12 @@ func TestMetricsLeftOut(t *testing.T) {
 		t.Errorf("a pod without a cgroup: %v", series(t, keys, ofPod...))
 	}
 }
+
+// TestStatsWithoutNetwork: the kubelet takes a default interface for granted, where there are figures.
+func TestStatsWithoutNetwork(t *testing.T) {
+	for _, list := range [][]podvm.NetStats{nil, {{Name: "lo", RxBytes: 1}}} {
+		if u := criNetwork(list, time.Now()); u != nil {
+			t.Errorf("of %v it gets %v", list, u)
+		}
+	}
+}
