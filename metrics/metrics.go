@@ -30,7 +30,7 @@ var (
 	starts = family{"caisson_pod_starts_total", "counter",
 		"Pods that have started, by what their VM was when it was asked for: warm (it ran already), clone (of a template) or boot.", []string{"origin"}, nil}
 	losses = family{"caisson_pod_losses_total", "counter",
-		"Pods that lost their VM although nobody asked for it, by reason: VMGone (it ended) or Unreachable (its guest did not answer). The log says more.", []string{"reason"}, nil}
+		"Pods that lost their VM although nobody asked for it, by reason: VMGone (it ended), OOMKilled (the node had no memory for it) or Unreachable (its guest did not answer). The log says more.", []string{"reason"}, nil}
 	pulls = family{"caisson_image_pull_duration_seconds", "histogram",
 		"Time that image pulls took, by result: ok, cached (only the manifest was fetched) or error.", []string{"result"}, minutes}
 	downloaded = family{"caisson_image_download_bytes_total", "counter",
@@ -106,7 +106,7 @@ func New(version, driver, guest string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		calls:    calls.histogram(), phases: phases.histogram(), pulls: pulls.histogram(),
 		downloaded: downloaded.counter(), fallbacks: fallbacks.counter(),
-		starts: starts.counters("warm", "clone", "boot"), losses: losses.counters("VMGone", "Unreachable"),
+		starts: starts.counters("warm", "clone", "boot"), losses: losses.counters("VMGone", "OOMKilled", "Unreachable"),
 	}
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: build.name, Help: build.help}, build.labels)
 	info.WithLabelValues(version, driver, guest).Set(1)

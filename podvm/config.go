@@ -171,7 +171,7 @@ type PodStatus struct {
 	Config  PodConfig
 	State   State
 	Created time.Time
-	// Reason and Message say why a pod is not ready: "VMGone", "Stopped", "Unreadable", ...
+	// Reason and Message say why a pod is not ready: "VMGone", "OOMKilled", "Stopped", "Unreadable", ...
 	Reason, Message string
 	// IPs, the primary first.
 	IPs []string

@@ -56,8 +56,8 @@ type Observer interface {
 	// ObserveStart is called when a pod has started, of "warm", "clone" or "boot".
 	ObserveStart(origin string, phases []Phase)
 	ObserveFallback()
-	// ObserveLoss is called when a pod lost its VM: "VMGone", it ended, or "Unreachable", its guest did not
-	// answer.
+	// ObserveLoss is called when a pod lost its VM: "VMGone", it ended, "OOMKilled", the node had no memory
+	// for it, or "Unreachable", its guest did not answer.
 	ObserveLoss(reason string)
 }
 
@@ -121,6 +121,11 @@ type start struct {
 	birth *birth
 	done  chan struct{} // closed when err is set
 	err   error
+	// waiting is how many calls wait for it; Manager.mu.
+	waiting int
+	// unwanted is closed by giveUp; both are nil for a pod that is there.
+	unwanted <-chan struct{}
+	giveUp   func()
 }
 
 // Limits of operations that are the daemon's own: they go on when the caller gives up, and a retry
@@ -251,7 +256,8 @@ func operation(ctx context.Context, limit time.Duration) (context.Context, conte
 }
 
 // Run starts a pod. A call for a pod that is being started waits for that; one for a pod that runs
-// returns it. A pod of the same name and attempt that has stopped is errdefs.ErrAlreadyExists.
+// returns it. A pod of the same name and attempt that has stopped is errdefs.ErrAlreadyExists. Where all
+// calls for a pod are cancelled its start is given up.
 func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
 	driver, err := m.driverFor(c)
 	if err != nil {
@@ -264,7 +270,7 @@ func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
 	select {
 	case <-s.done:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("start of pod %s/%s goes on: %w", c.Namespace, c.Name, ctx.Err())
+		return nil, fmt.Errorf("start of pod %s/%s %s: %w", c.Namespace, c.Name, m.leave(ctx, s), ctx.Err())
 	}
 	if s.err != nil {
 		return nil, s.err
@@ -293,15 +299,37 @@ func (m *Manager) reserve(c PodConfig, driver vmm.Driver) (s *start, first bool)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if s, ok := m.names[nameOf(c)]; ok {
+		s.waiting++
 		return s, false
 	}
 	b := m.pool.take()
 	if b == nil {
 		b = newBirth(m.newPod(newID(), c, driver))
 	}
-	s = &start{done: make(chan struct{}), pod: b.Pod, birth: b}
+	unwanted := make(chan struct{})
+	s = &start{done: make(chan struct{}), pod: b.Pod, birth: b, waiting: 1, unwanted: unwanted, giveUp: sync.OnceFunc(func() { close(unwanted) })}
 	m.names[nameOf(c)] = s
 	return s, true
+}
+
+// late is how much before its deadline the end of a call is taken for that: a client's word that it waits no
+// longer may come first.
+const late = time.Second
+
+// leave ends a call's waiting for a start, and says what becomes of that. One that takes too long for its callers
+// goes on, because they will ask again; one whose last caller has cancelled its call, as the kubelet does for a
+// pod that is deleted meanwhile, is given up.
+func (m *Manager) leave(ctx context.Context, s *start) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s.waiting--
+	deadline, limited := ctx.Deadline()
+	tooLate := limited && time.Until(deadline) < late
+	if s.waiting > 0 || tooLate || s.giveUp == nil {
+		return "goes on"
+	}
+	s.giveUp()
+	return "is given up"
 }
 
 // run is the one call that starts the pod.
@@ -310,7 +338,16 @@ func (m *Manager) run(ctx context.Context, s *start, c PodConfig) {
 	defer m.pool.use()()
 	ctx, cancel := operation(ctx, startLimit)
 	defer cancel()
-	if s.err = m.startPod(ctx, s.birth, c); s.err == nil {
+	wanted, giveUp := context.WithCancel(ctx)
+	defer giveUp()
+	go func() {
+		select {
+		case <-s.unwanted:
+			giveUp()
+		case <-wanted.Done():
+		}
+	}()
+	if s.err = m.startPod(ctx, wanted, s.birth, c); s.err == nil {
 		return
 	}
 	m.mu.Lock()

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -175,7 +176,7 @@ func TestRunJoined(t *testing.T) {
 	n := newNode(t)
 	at, proceed := make(chan struct{}), make(chan struct{})
 	n.born = func(a *fakeAgent) { a.before["Setup"] = func() { close(at); <-proceed } }
-	impatient, cancel := context.WithCancel(soon(t))
+	impatient, cancel := context.WithTimeout(t.Context(), late-time.Millisecond)
 	gaveUp := make(chan error, 1)
 	go func() {
 		_, err := n.Run(impatient, podConfig("web"))
@@ -219,6 +220,52 @@ func TestRunJoined(t *testing.T) {
 	}
 	if _, err := n.Run(soon(t), podConfig("web")); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("a stopped pod was run: %v", err)
+	}
+}
+
+// TestRunCancelled: a start that all its callers have cancelled is given up, and nothing is left of it; with one
+// that waits it goes on.
+func TestRunCancelled(t *testing.T) {
+	for _, waits := range []bool{false, true} {
+		n := newNode(t)
+		at, proceed := make(chan struct{}), make(chan struct{})
+		n.born = func(a *fakeAgent) { a.before["Setup"] = func() { close(at); <-proceed } }
+		ctx, cancel := context.WithCancel(t.Context())
+		ended, joined := make(chan error, 1), make(chan error, 1)
+		go func() {
+			_, err := n.Run(ctx, podConfig("web"))
+			ended <- err
+		}()
+		<-at
+		if waits {
+			go func() {
+				_, err := n.Run(soon(t), podConfig("web"))
+				joined <- err
+			}()
+			n.until("the second call waits", func() bool {
+				n.Manager.mu.Lock()
+				defer n.Manager.mu.Unlock()
+				return n.names[nameOf(podConfig("web"))].waiting == 2
+			})
+		}
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("the call that was cancelled: %v", err)
+		}
+		if !waits {
+			n.until("the start is undone", func() bool {
+				n.Manager.mu.Lock()
+				defer n.Manager.mu.Unlock()
+				return len(n.names) == 0
+			})
+			n.nothingLeft()
+		}
+		close(proceed)
+		if waits {
+			if err := <-joined; err != nil {
+				t.Errorf("the call that waits: %v", err)
+			}
+		}
 	}
 }
 

@@ -330,6 +330,7 @@ func (p *Pod) Stats(ctx context.Context) (PodStats, error) {
 	if err != nil {
 		return PodStats{}, err
 	}
+	p.makeRoom(p.record.now().Config) // the kubelet sets its limit anew as the last step of a resize
 	r, err := rpc.Stats(ctx, &agent.StatsRequest{})
 	if err != nil {
 		return PodStats{}, fmt.Errorf("stats of pod %s: %w", p.id, err)

@@ -28,6 +28,7 @@ func (p *Pod) limits(except string) []Resources {
 // fit gives the VM the size that these containers may use, as far as it can be. What it can't reach
 // upwards is an error; a guest that can't give back is not.
 func (p *Pod) fit(ctx context.Context, config PodConfig, containers []Resources) error {
+	p.makeRoom(config)
 	return p.resize(ctx, p.within(p.sizeFor(config, containers)))
 }
 
@@ -64,6 +65,7 @@ func (p *Pod) growTo(ctx context.Context, want vmm.Size) error {
 	if v == nil {
 		return p.notReady()
 	}
+	p.makeRoom(p.record.now().Config)
 	now := v.Info().Size
 	return p.resize(ctx, vmm.Size{CPUs: max(want.CPUs, now.CPUs), Memory: max(want.Memory, now.Memory)})
 }

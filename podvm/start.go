@@ -43,10 +43,11 @@ func newBirth(p *Pod) *birth {
 	return &birth{Pod: p, stopwatch: stopwatch{began: time.Now()}, launched: make(chan struct{}), connected: make(chan struct{}), config: p.record.now().VM}
 }
 
-// startPod makes a pod: network and VM at the same time, then what needs both. What fails is undone.
-func (m *Manager) startPod(ctx context.Context, b *birth, c PodConfig) error {
+// startPod makes a pod, while it is wanted: network and VM at the same time, then what needs both. What fails is
+// undone.
+func (m *Manager) startPod(ctx, wanted context.Context, b *birth, c PodConfig) error {
 	defer b.closeTap()
-	if err := b.run(ctx, c); err != nil {
+	if err := b.run(ctx, wanted, c); err != nil {
 		err = b.explain(err)
 		b.abandon(err)
 		return fmt.Errorf("start pod %s/%s: %w", c.Namespace, c.Name, err)
@@ -69,7 +70,7 @@ func (b *birth) origin() string {
 	return "boot"
 }
 
-func (b *birth) run(ctx context.Context, c PodConfig) error {
+func (b *birth) run(ctx, wanted context.Context, c PodConfig) error {
 	if err := b.time("record", func() error { return b.begin(c) }); err != nil {
 		return err
 	}
@@ -78,14 +79,14 @@ func (b *birth) run(ctx context.Context, c PodConfig) error {
 			return err
 		}
 	}
-	group, both := errgroup.WithContext(ctx)
+	group, both := errgroup.WithContext(wanted)
 	group.Go(func() error { return b.connect(ctx, both) })
 	group.Go(func() error { return b.boot(both) })
 	if err := group.Wait(); err != nil {
 		return err
 	}
 	if !b.addressed {
-		if err := b.time("addresses", func() error { return b.address(ctx) }); err != nil {
+		if err := b.time("addresses", func() error { return b.address(wanted) }); err != nil {
 			return err
 		}
 	}
@@ -158,7 +159,8 @@ func (b *birth) closeTap() {
 }
 
 // connect gives the pod its network, and the VM, while both lasts, the cards for it that it does not have yet.
-// A plugin that is ended in the middle leaves the node what no other mends, so that a VM that fails ends none.
+// A plugin that is ended in the middle leaves the node what no other mends, so that a VM that fails, or a pod that
+// is not wanted any more, ends none.
 func (b *birth) connect(ctx, both context.Context) error {
 	err := b.time("network", func() (err error) {
 		b.network, err = b.m.o.Network.Setup(ctx, networkPod(b.id, b.record.now().Config))

@@ -15,7 +15,7 @@ import (
 // follow begins to follow the pod's VM and what its agent reports. listed is called whenever the
 // agent has told the state of every container, with those that nobody here knows.
 func (p *Pod) follow(listed func(unknown []string)) {
-	v := p.machine()
+	v, before := p.machine(), p.oomKills()
 	if limit := p.m.o.Watchdog; limit > 0 {
 		p.client.Guard(limit, func() { p.hung(limit) })
 	}
@@ -23,20 +23,28 @@ func (p *Pod) follow(listed func(unknown []string)) {
 	p.tasks.start(func(ctx context.Context) {
 		select {
 		case <-v.Done():
-			p.machineEnded(v)
+			p.machineEnded(v, before)
 		case <-ctx.Done():
 		}
 	})
 }
 
-// machineEnded handles a VM that ended although nobody asked it to.
-func (p *Pod) machineEnded(v vmm.VM) {
+// machineEnded handles a VM that ended although nobody asked it to. oomKills is how many processes of the pod
+// the node had ended before for want of memory.
+func (p *Pod) machineEnded(v vmm.VM, oomKills int) {
 	message := "the VM has ended"
 	if err := v.Info().Err; err != nil {
 		message = printable(err.Error())
 	}
-	p.collapse("VMGone", message)
+	reason := "VMGone"
+	if p.oomKills() > oomKills {
+		reason, message = oomReason, "the node had no memory for the VM, in the pod's cgroup or at all: "+message
+	}
+	p.collapse(reason, message)
 }
+
+// oomReason is that of containers, and VMs, which were ended for want of memory.
+const oomReason = "OOMKilled"
 
 // hung handles a VM whose guest does not answer any more.
 func (p *Pod) hung(limit time.Duration) {
@@ -255,7 +263,7 @@ func (c *Container) exit(ctx context.Context, s *agent.ContainerState) {
 	reason := "Error"
 	switch {
 	case s.OomKilled:
-		reason = "OOMKilled"
+		reason = oomReason
 	case s.ExitCode == 0:
 		reason = "Completed"
 	}
@@ -296,11 +304,18 @@ func (c *Container) ended(at time.Time, code int32, reason, message string) {
 // vmGoneCode is the exit code of a container whose VM ended: nobody knows another.
 const vmGoneCode = 255
 
+// killedCode is that of a process that SIGKILL has ended.
+const killedCode = 128 + int32(unix.SIGKILL)
+
 // endedWithVM ends a container whose VM is gone.
 func (c *Container) endedWithVM(reason, message string) {
 	if reason == stopReason { // the kubelet asked for it: the usual end of a container
-		c.ended(time.Now(), 128+int32(unix.SIGKILL), "Error", "")
+		c.ended(time.Now(), killedCode, "Error", "")
 		return
 	}
-	c.ended(time.Now(), vmGoneCode, reason, message)
+	code := int32(vmGoneCode)
+	if reason == oomReason {
+		code = killedCode
+	}
+	c.ended(time.Now(), code, reason, message)
 }

@@ -26,6 +26,7 @@ func TestKubelet(t *testing.T) {
 		{"Start", (*machine).testStart},
 		{"Pod", (*machine).testPod},
 		{"Size", (*machine).testSize},
+		{"Limits", (*machine).testLimits},
 		{"Stats", (*machine).testStats},
 		{"Probes", (*machine).testProbes},
 		{"CrashLoop", (*machine).testCrashLoop},
@@ -132,14 +133,16 @@ spec:
 `
 
 // testSize compares limits (0.5 and 0.5 CPUs, 256 and 512 MiB; 1.5 CPUs, 1 GiB) with the sizes of VMs
-// and with the limits of a pod's cgroup, in which the VMM must be.
+// and with the limits of a pod's cgroup, in which the VMM must be: of memory there is room for it, too.
 func (m *machine) testSize(t *testing.T) {
 	p := m.await(t, "the pod is still ready", "pair", ready)
 	group := cgroup(p)
-	for file, want := range map[string]string{"memory.max": strconv.Itoa(768 << 20), "cpu.max": "100000 100000"} {
-		if text, err := os.ReadFile(filepath.Join(group, file)); err != nil || strings.TrimSpace(string(text)) != want {
-			t.Errorf("%s of the pod's cgroup: %q, %v; want %s", file, text, err, want)
-		}
+	if text, err := os.ReadFile(filepath.Join(group, "cpu.max")); err != nil || string(text) != "100000 100000\n" {
+		t.Errorf("cpu.max of the pod's cgroup: %q, %v", text, err)
+	}
+	text, err := os.ReadFile(filepath.Join(group, "memory.max"))
+	if n, _ := strconv.Atoi(strings.TrimSpace(string(text))); err != nil || n < 832<<20 || n > 896<<20 {
+		t.Errorf("memory.max of the pod's cgroup: %q, %v; want 768 MiB and room for the VM", text, err)
 	}
 	if vmm := vmms(t, group); len(vmm) != 1 {
 		t.Errorf("VMMs in the pod's cgroup: %v", vmm)
@@ -158,6 +161,42 @@ func (m *machine) testSize(t *testing.T) {
 		t.Errorf("%s CPUs, %d MiB in its VM; want 2, and 1024 and a little more", lines[0].Text, mib)
 	}
 	m.remove(t, "wide")
+}
+
+// full is a pod in which one container stays just below its limit of memory, and another exceeds its own: the VM
+// of both, which takes more than they may, is not what ends.
+var full = `apiVersion: v1
+kind: Pod
+metadata: {name: full}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: below
+    image: ` + images.Busybox + `
+    command: [sh, -c, 'dd if=/dev/zero of=/dev/shm/x bs=1M count=56 && touch /dev/shm/holds && exec sleep 1000']
+    readinessProbe: {exec: {command: [test, -e, /dev/shm/holds]}, periodSeconds: 2, timeoutSeconds: 20}
+    resources: {requests: {cpu: 50m, memory: 16Mi}, limits: {memory: 64Mi}}
+  - name: above
+    image: ` + images.Busybox + `
+    command: [sh, -c, 'tail /dev/zero']
+    resources: {requests: {cpu: 50m, memory: 16Mi}, limits: {memory: 96Mi}}
+`
+
+func (m *machine) testLimits(t *testing.T) {
+	m.apply(t, "full", full)
+	p := m.await(t, "one container holds what it may, another is ended for more, and begins again", "full", func(p pod) bool {
+		return p.container("below").Ready && p.container("above").LastState.Terminated != nil
+	})
+	if above := p.container("above").LastState.Terminated; above.ExitCode != 137 || above.Reason != "OOMKilled" {
+		t.Errorf("what exceeded its limit: %+v", above)
+	}
+	if n := p.container("below").RestartCount; n != 0 {
+		t.Errorf("what stayed below its limit was restarted %d times", n)
+	}
+	if text, err := os.ReadFile(filepath.Join(cgroup(p), "memory.events")); err != nil || !strings.Contains(string(text), "oom_kill 0\n") {
+		t.Errorf("the node has ended processes of the pod: %v\n%s", err, text)
+	}
+	m.remove(t, "full")
 }
 
 // memTotal is the MiB of memory by what /proc/meminfo says.

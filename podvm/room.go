@@ -1,0 +1,97 @@
+package podvm
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// vmmMemory is what a VMM needs beside a guest of this size, in bytes, with the process that serves host
+// directories and the node's kernel, whose tables of a guest's pages take a 256th of them.
+func vmmMemory(guest int64) int64 { return 32<<20 + guest/128 }
+
+// makeRoom raises the memory limit of the cgroup that the kubelet made for a pod: it is what the containers may
+// use, and the RuntimeClass's overhead, where there is one. The VM takes more than they, and the guest holds them
+// to their limits: without room the node would end the VM where one container has reached its own. A limit below
+// the kubelet's is somebody's who means it.
+func (p *Pod) makeRoom(c PodConfig) {
+	group := p.record.now().VM.Cgroup
+	if group == "" || c.Resources == nil || c.Resources.Memory <= 0 {
+		return
+	}
+	kubelets, guest := c.Resources.Memory, c.Resources.Memory+c.guestMemory()
+	if c.Overhead != nil {
+		kubelets += max(c.Overhead.Memory, 0)
+	}
+	file := filepath.Join(filepath.Dir(group), "memory.max")
+	want := guest + vmmMemory(guest)
+	now, err := readLimit(file)
+	if err == nil && (now < kubelets-int64(os.Getpagesize()) || now >= want) { // limits are whole pages
+		return
+	}
+	if err == nil {
+		err = os.WriteFile(file, strconv.AppendInt(nil, want, 10), 0)
+	}
+	if err != nil {
+		slog.Warn("no room for the VM in the pod's cgroup", "pod", p.id, "err", err)
+	}
+}
+
+// guestMemory is what the guest needs beside the containers, in bytes.
+func (c PodConfig) guestMemory() int64 {
+	if c.Overhead != nil {
+		return max(guestMemory, c.Overhead.Memory)
+	}
+	return guestMemory
+}
+
+// unlimited is what readLimit returns for "max".
+const unlimited = 1<<63 - 1
+
+func readLimit(file string) (int64, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	text := strings.TrimSpace(string(data))
+	if text == "max" {
+		return unlimited, nil
+	}
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", file, err)
+	}
+	return n, nil
+}
+
+// oomKills is how many processes the node's kernel has ended in the kubelet's cgroup of the pod for want of
+// memory; 0 where there is none.
+func (p *Pod) oomKills() int {
+	group := p.record.now().VM.Cgroup
+	if group == "" {
+		return 0
+	}
+	n, err := readEvent(filepath.Join(filepath.Dir(group), "memory.events"), "oom_kill")
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		slog.Warn("whether the node ran out of memory for a pod", "pod", p.id, "err", err)
+	}
+	return n
+}
+
+// readEvent reads a line "name number" of a cgroup's file; 0 where there is none.
+func readEvent(file, name string) (int, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if key, value, _ := strings.Cut(strings.TrimSpace(line), " "); key == name {
+			return strconv.Atoi(value)
+		}
+	}
+	return 0, nil
+}
