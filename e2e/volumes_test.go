@@ -12,6 +12,7 @@ import (
 
 	"github.com/caisson-vm/caisson/e2e/harness"
 	"github.com/caisson-vm/caisson/e2e/images"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -42,6 +43,39 @@ func kubeletVolume(t *testing.T, path, version string, keys, size int) {
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
+}
+
+// TestNodeEmptyDirs has emptyDirs on the node: containers of a pod share them, the node sees what they hold, and
+// they outlive the VM. One of medium Memory is the guest's all the same.
+func TestNodeEmptyDirs(t *testing.T) {
+	d := harness.Start(t, func(c *harness.Config) { c.VM.EmptyDirs = "node" })
+	root := filepath.Join(t.TempDir(), "pods", "uid", "volumes", "kubernetes.io~empty-dir")
+	disk, memory := filepath.Join(root, "disk"), filepath.Join(root, "memory")
+	if err := errors.Join(os.MkdirAll(disk, 0o755), os.Chmod(disk, 0o777), os.MkdirAll(memory, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", memory, "tmpfs", 0, "size=1M"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(memory, unix.MNT_DETACH) })
+	mounts := func(c *runtimeapi.ContainerConfig) {
+		c.Mounts = []*runtimeapi.Mount{{HostPath: disk, ContainerPath: "/disk"}, {HostPath: memory, ContainerPath: "/memory"}}
+	}
+	pod := d.RunPod()
+	pod.Run(images.Busybox, sleeper, mounts).Exec("sh", "-c", "echo shared > /disk/file; echo secret > /memory/file")
+	if out := pod.Run(images.Busybox, sleeper, mounts).Exec("cat", "/disk/file", "/memory/file"); out != "shared\nsecret\n" {
+		t.Errorf("another container of the pod reads %q", out)
+	}
+	if got := read(t, filepath.Join(disk, "file")); got != "shared\n" {
+		t.Errorf("the node reads %q", got)
+	}
+	if exists(filepath.Join(memory, "file")) {
+		t.Error("what is to stay in memory is on the node")
+	}
+	pod.Remove()
+	if out := d.RunPod().Run(images.Busybox, sleeper, mounts).Exec("sh", "-c", "cat /disk/file; ls /memory"); out != "shared\n" {
+		t.Errorf("the next VM of the pod reads %q", out)
+	}
 }
 
 // testVolumes gives a pod several volumes of what the API server lets a configMap have, and one of many

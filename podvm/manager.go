@@ -81,6 +81,8 @@ type Options struct {
 	Scratch   *Scratch
 	// DAX asks that pods share the pages of their images, where the driver can.
 	DAX bool
+	// NodeEmptyDirs has the emptyDirs of pods on the node, but for those of medium Memory.
+	NodeEmptyDirs bool
 	// Warm is how many clones are kept ready for pods to come; only where one template serves them all.
 	Warm int
 	// Watchdog is how long a pod's guest may answer nothing before its VM is killed; 0: for ever.

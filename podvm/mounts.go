@@ -72,14 +72,14 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 	case !info.IsDir():
 		return nil, special(path, info.Mode())
 	case match != nil && match[1] == "empty-dir":
-		return to, emptyDir(to, strings.TrimSuffix(path, match[3]), match[2], match[3])
+		return to, n.emptyDir(ctx, to, strings.TrimSuffix(path, match[3]), match[3], path, m)
 	case match != nil && match[3] == "":
 		return to, n.copyVolume(to, path)
 	}
 	if dir, sub, err := emptyDirOf(path); err != nil {
 		return nil, err
 	} else if dir != "" {
-		return to, emptyDir(to, dir, filepath.Base(dir), sub)
+		return to, n.emptyDir(ctx, to, dir, sub, path, m)
 	}
 	return to, n.share(ctx, to, path, m)
 }
@@ -172,28 +172,40 @@ func (n *newContainer) copyFile(to *agent.Mount, path string, info fs.FileInfo, 
 	return nil
 }
 
-// emptyDir is made in the guest: on the scratch disk, or as a tmpfs where the kubelet made one.
-func emptyDir(to *agent.Mount, root, name, sub string) error {
-	e := &agent.EmptyDir{Name: name, SubPath: strings.TrimPrefix(sub, "/")}
+// emptyDir mounts a part of an emptyDir, whose folder on the node is root: path is that part there.
+func (n *newContainer) emptyDir(ctx context.Context, to *agent.Mount, root, sub, path string, m Mount) error {
+	e, err := guestEmptyDir(root, strings.TrimPrefix(sub, "/"))
+	if err != nil {
+		return fmt.Errorf("emptyDir %s: %w", filepath.Base(root), err)
+	}
+	if n.Pod.record.now().NodeEmptyDirs && !e.Memory {
+		return n.share(ctx, to, path, m)
+	}
+	to.Source = &agent.Mount_EmptyDir{EmptyDir: e}
+	return nil
+}
+
+// guestEmptyDir is an emptyDir of the guest's: on the scratch disk, or a tmpfs where the kubelet made one.
+func guestEmptyDir(root, sub string) (*agent.EmptyDir, error) {
+	e := &agent.EmptyDir{Name: filepath.Base(root), SubPath: sub}
 	info, err := os.Stat(root)
 	if err != nil {
-		return fmt.Errorf("emptyDir %s: %w", name, err)
+		return nil, err
 	}
 	if st, ok := info.Sys().(*unixStat); ok {
 		e.Mode, e.Gid = st.Mode&0o7777, st.Gid
 	}
 	var file, parent unix.Statfs_t
 	if err := errors.Join(unix.Statfs(root, &file), unix.Statfs(filepath.Dir(root), &parent)); err != nil {
-		return fmt.Errorf("emptyDir %s: %w", name, err)
+		return nil, err
 	}
 	if file.Type == unix.HUGETLBFS_MAGIC {
-		return fmt.Errorf("emptyDir %s of medium HugePages: a guest has no huge pages set aside; use medium Memory, or %s: %w", name, elsewhere, errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("medium HugePages: a guest has no huge pages set aside; use medium Memory, or %s: %w", elsewhere, errdefs.ErrNotImplemented)
 	}
 	if file.Type == unix.TMPFS_MAGIC && file.Fsid != parent.Fsid {
 		e.Memory, e.Size = true, int64(file.Blocks)*file.Bsize
 	}
-	to.Source = &agent.Mount_EmptyDir{EmptyDir: e}
-	return nil
+	return e, nil
 }
 
 // share has a directory of the host served to the guest.

@@ -28,6 +28,8 @@ type podRecord struct {
 	Down bool `json:",omitempty"`
 	// Disks are the images and block devices attached to the VM, and their addresses in the guest.
 	Disks map[string]string `json:",omitempty"`
+	// NodeEmptyDirs is Options.NodeEmptyDirs of the time when the pod started: its containers share them.
+	NodeEmptyDirs bool `json:",omitempty"`
 	// Shares are the directories of the host that are served to the guest.
 	Shares []share.Dir `json:",omitempty"`
 }

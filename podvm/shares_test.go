@@ -171,6 +171,36 @@ func TestHostDirectoryNotServed(t *testing.T) {
 	}
 }
 
+// TestNodeEmptyDirs: emptyDirs are where they were when the pod started, whatever the daemon is told meanwhile, and
+// in memory the guest's.
+func TestNodeEmptyDirs(t *testing.T) {
+	n := newNode(t)
+	root := filepath.Join(resolved(t), "pods", "uid", "volumes", "kubernetes.io~empty-dir")
+	disk, memory := filepath.Join(root, "disk"), filepath.Join(root, "memory")
+	if err := errors.Join(os.MkdirAll(disk, 0o755), os.MkdirAll(memory, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", memory, "tmpfs", 0, "size=1M"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(memory, unix.MNT_DETACH) })
+	before := n.pod(podConfig("before"))
+	n.Manager.o.NodeEmptyDirs = true
+	after := n.pod(podConfig("after"))
+	for _, p := range []*Pod{before, after} {
+		got := n.mounted(p, "disk", Mount{HostPath: disk, ContainerPath: "/m"})
+		if onNode := got.GetShare() != nil; onNode != (p == after) {
+			t.Errorf("pod %s is asked for %v", p.record.now().Config.Name, got)
+		}
+		if got := n.mounted(p, "memory", Mount{HostPath: memory, ContainerPath: "/m"}); !got.GetEmptyDir().GetMemory() {
+			t.Errorf("in memory, pod %s is asked for %v", p.record.now().Config.Name, got)
+		}
+	}
+	if got := n.shares.last(t).Path; got != disk {
+		t.Errorf("%s is served", got)
+	}
+}
+
 // TestEmptyDirSubPath mounts parts of emptyDirs as the kubelet does: a bind mount of the node's folder, in
 // which the files are not.
 func TestEmptyDirSubPath(t *testing.T) {

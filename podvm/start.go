@@ -123,7 +123,7 @@ func (b *birth) begin(c PodConfig) error {
 	}
 	b.config.Cgroup = cgroup
 	if err := b.record.set(func(r *podRecord) {
-		r.Config, r.Created, r.VM.Cgroup = c, b.began, cgroup
+		r.Config, r.Created, r.VM.Cgroup, r.NodeEmptyDirs = c, b.began, cgroup, b.m.o.NodeEmptyDirs
 	}); err != nil {
 		return err
 	}

@@ -39,6 +39,7 @@ type Config struct {
 		Warm      int      `toml:"warm" comment:"Clones that are kept ready for pods to come, at most 16: such a pod starts in a third of the time, each takes the memory of an idle pod. -1: one with Cloud Hypervisor and vm.template = node, else none. Not with vm.template = namespace or pod."`
 		Watchdog  Duration `toml:"watchdog" comment:"A guest that answers nothing for so long, while somebody waits for it, is taken for hung: its VM is killed, and its pod is for the kubelet to replace. 0s: never."`
 		DAX       bool     `toml:"dax" comment:"With Cloud Hypervisor, pods of one image share its pages on the node. false: each guest caches what it reads, in memory of its own."`
+		EmptyDirs string   `toml:"empty_dirs" comment:"Where emptyDirs of a pod are, but for those of medium Memory. guest: on its scratch disk, which is fast; the kubelet does not see what they hold, so that sizeLimit has no effect, and they end with the VM. node: in the kubelet's folder, served to the pod as host directories are."`
 		Scratch   Size     `toml:"scratch" comment:"Largest writable layers and emptyDirs of a pod together: a sparse file."`
 		QEMU      string   `toml:"qemu" comment:"QEMU's binary; a name is looked up in PATH."`
 		CloudHV   string   `toml:"cloud_hypervisor" comment:"Cloud Hypervisor's binary; a name is looked up in PATH."`
@@ -118,6 +119,7 @@ func defaults() Config {
 	c.VM.Warm = -1
 	c.VM.Watchdog = Duration(time.Minute)
 	c.VM.DAX = true
+	c.VM.EmptyDirs = "guest"
 	c.VM.Scratch = 64 << 30
 	c.VM.QEMU = "qemu-system-x86_64"
 	c.VM.CloudHV = "cloud-hypervisor"
@@ -217,6 +219,9 @@ var drivers = []string{"auto", "cloud-hypervisor", "qemu"}
 // scopes are the values of the key vm.template.
 var scopes = []string{"node", "namespace", "pod"}
 
+// places are the values of the key vm.empty_dirs.
+var places = []string{"guest", "node"}
+
 // maxState is how long the state folder's name may be: a unix socket's name in a pod's folder
 // below it must fit into 108 bytes.
 const maxState = 60
@@ -238,11 +243,15 @@ func (c *Config) validate() error {
 	if len(c.State) > maxState {
 		return fmt.Errorf("state = %q: longer than %d bytes, and unix sockets below it would not fit; choose a shorter path", c.State, maxState)
 	}
-	if !slices.Contains(drivers, c.Driver) {
-		return fmt.Errorf("driver = %q: want one of %s", c.Driver, strings.Join(drivers, ", "))
-	}
-	if !slices.Contains(scopes, c.VM.Template) {
-		return fmt.Errorf("vm.template = %q: want one of %s", c.VM.Template, strings.Join(scopes, ", "))
+	for _, p := range []struct {
+		key, value string
+		values     []string
+	}{
+		{"driver", c.Driver, drivers}, {"vm.template", c.VM.Template, scopes}, {"vm.empty_dirs", c.VM.EmptyDirs, places},
+	} {
+		if !slices.Contains(p.values, p.value) {
+			return fmt.Errorf("%s = %q: want one of %s", p.key, p.value, strings.Join(p.values, ", "))
+		}
 	}
 	if c.VM.Warm < -1 || c.VM.Warm > maxWarm {
 		return fmt.Errorf("vm.warm = %d: want -1 to %d", c.VM.Warm, maxWarm)

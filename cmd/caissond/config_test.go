@@ -51,6 +51,7 @@ func TestBadConfigSaysWhereAndWhat(t *testing.T) {
 		{"too little memory", "[vm]\nmemory = '1Mi'\n", "at least 128Mi"},
 		{"bad duration", "[vm]\nwatchdog = 'soon'\n", "want one such as 90s"},
 		{"watchdog too quick", "[vm]\nwatchdog = '1s'\n", "at least 5s"},
+		{"unknown place", "[vm]\nempty_dirs = 'disk'\n", "want one of guest, node"},
 		{"unknown driver", "driver = 'xen'\n", "want one of auto, cloud-hypervisor, qemu"},
 		{"relative path", "root = 'here'\n", "want an absolute path"},
 		{"state too long", "state = '/" + strings.Repeat("x", 80) + "'\n", "choose a shorter path"},

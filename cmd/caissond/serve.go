@@ -140,7 +140,7 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 	}
 	o := podvm.Options{
 		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
-		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, Warm: c.warm(found.driver.Name()), Observer: d.metrics,
+		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, NodeEmptyDirs: c.VM.EmptyDirs == "node", Warm: c.warm(found.driver.Name()), Observer: d.metrics,
 		Shares: d.shares, Watchdog: time.Duration(c.VM.Watchdog),
 	}
 	d.templates, err = template.New(template.Options{ // also without a use for it: it removes what there was

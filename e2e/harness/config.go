@@ -30,6 +30,8 @@ type Config struct {
 		Warm     int    `toml:"warm"`
 		DAX      bool   `toml:"dax"`
 		Watchdog string `toml:"watchdog,omitempty"`
+		// EmptyDirs is where they are: guest, node.
+		EmptyDirs string `toml:"empty_dirs,omitempty"`
 	} `toml:"vm"`
 	CNI struct {
 		ConfDir string   `toml:"conf_dir"`
