@@ -205,7 +205,9 @@ func testSize(t *testing.T, d *harness.Daemon) {
 	pod := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
 		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 640 << 20}
 	})
-	c := pod.Run(images.Busybox, sleeper)
+	c := pod.Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 640 << 20}
+	})
 	size := func() (mib, cpus int) {
 		t.Helper()
 		if _, err := fmt.Sscanf(c.Exec("sh", "-c", "awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo; grep -c ^processor /proc/cpuinfo"), "%d\n%d\n", &mib, &cpus); err != nil {
@@ -263,6 +265,7 @@ func testFreedMemory(t *testing.T, d *harness.Daemon) {
 		c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{Privileged: true}
 	})
 	c := pod.Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1 << 30}
 		c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{Privileged: true}
 	})
 	used := func() float64 {

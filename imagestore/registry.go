@@ -12,6 +12,7 @@ import (
 	"net"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -75,6 +76,29 @@ func (n name) tag() string {
 
 // withDigest is the name of what n refers to by the manifest's digest.
 func (n name) withDigest(d digest.Digest) string { return n.ref.Name() + "@" + d.String() }
+
+// Ref is the digest by which the repository of the name has the image, where it is known by one, or else the
+// first of its digests, or its id.
+func (i Image) Ref(name string) string {
+	if len(i.Digests) == 0 {
+		return i.ID
+	}
+	named, err := reference.ParseNormalizedNamed(name)
+	if err != nil {
+		return i.Digests[0]
+	}
+	if d, ok := named.(reference.Digested); ok { // there may be several of a repository: of an index, of a manifest
+		if exact := named.Name() + "@" + d.Digest().String(); slices.Contains(i.Digests, exact) {
+			return exact
+		}
+	}
+	for _, d := range i.Digests {
+		if strings.HasPrefix(d, named.Name()+"@") {
+			return d
+		}
+	}
+	return i.Digests[0]
+}
 
 // resolve makes a full name of what users write. Short names are looked up in the aliases of
 // registries.conf and else belong to docker.io; without tag and digest, latest is meant; of both,

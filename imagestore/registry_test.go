@@ -239,3 +239,31 @@ func leftovers(t testing.TB, s *Store) string {
 	}
 	return strings.Join(found, " ")
 }
+
+// TestRef: of an image that came from several places, the digest is that of the place that is meant.
+func TestRef(t *testing.T) {
+	digest := func(c string) string { return "@sha256:" + strings.Repeat(c, 64) }
+	i := Image{ID: "sha256:" + strings.Repeat("1", 64), Digests: []string{
+		"docker.io/library/busybox" + digest("a"), "docker.io/library/busybox" + digest("b"), "docker.io/library/busybox-extra" + digest("c"), "registry.example:5000/team/web" + digest("d"),
+	}}
+	for name, want := range map[string]string{
+		"busybox":                             i.Digests[0],
+		"docker.io/busybox:1.36":              i.Digests[0],
+		"busybox" + digest("b"):               i.Digests[1],
+		"busybox:1.36" + digest("b"):          i.Digests[1],
+		"busybox" + digest("e"):               i.Digests[0],
+		"busybox-extra:1":                     i.Digests[2],
+		"registry.example:5000/team/web:v1":   i.Digests[3],
+		"registry.example:5000/team/web-more": i.Digests[0],
+		i.ID:                                  i.Digests[0],
+		"":                                    i.Digests[0],
+		"No:Name":                             i.Digests[0],
+	} {
+		if got := i.Ref(name); got != want {
+			t.Errorf("%q: got %s, want %s", name, got, want)
+		}
+	}
+	if got := (Image{ID: i.ID}).Ref("busybox"); got != i.ID {
+		t.Errorf("without digests: %s", got)
+	}
+}

@@ -203,7 +203,7 @@ type ContainerStatus struct {
 	Reason, Message string
 	// LogPath is absolute; empty: no log.
 	LogPath string
-	// ImageRef names the image by digest (repo@sha256:...), or by its id.
+	// ImageRef names the image by digest (repo@sha256:...), or by its id where it has none.
 	ImageRef string
 	// PID of the main process, in the guest.
 	PID uint32

@@ -28,6 +28,7 @@ type Container struct {
 	change   semaphore     // held by whoever changes the container
 	starting semaphore     // held while it is started: its end is told after its beginning
 	exiting  atomic.Bool   // its exit was reported and is being handled
+	asked    atomic.Bool   // this daemon has sent it its stop signal
 	exited   chan struct{} // closed when the state is Exited
 	logged   chan struct{} // closed when no more output is moved to the log
 
@@ -176,8 +177,8 @@ func (c *Container) begun(at time.Time, pid uint32) {
 // killLimit is how long a killed container may take to end.
 const killLimit = 30 * time.Second
 
-// Stop sends the stop signal, and SIGKILL to all its processes after the grace period. It returns
-// when the container has ended; a container that has is no error.
+// Stop sends the stop signal, unless an earlier call has, and SIGKILL to all its processes after the grace
+// period. It returns when the container has ended; a container that has is no error.
 func (c *Container) Stop(ctx context.Context, grace time.Duration) error {
 	ctx, cancel := operation(ctx, grace+killLimit)
 	defer cancel()
@@ -192,11 +193,7 @@ func (c *Container) stop(ctx context.Context, grace time.Duration) error {
 		grace = 0 // nothing of it has run
 	}
 	if grace > 0 {
-		number, err := signalNumber(c.record.now().StopSignal)
-		if err != nil {
-			return fmt.Errorf("stop container %s: %w", c.id, err)
-		}
-		if over, err := c.signal(ctx, number, false); over || err != nil {
+		if over, err := c.ask(ctx); over || err != nil {
 			return err
 		}
 		select {
@@ -215,6 +212,22 @@ func (c *Container) stop(ctx context.Context, grace time.Duration) error {
 	case <-ctx.Done():
 		return fmt.Errorf("container %s has not ended after SIGKILL: stop its pod: %w", c.id, ctx.Err())
 	}
+}
+
+// ask sends the stop signal once, however often the kubelet asks: many programs take a second one as an order
+// to end at once. A daemon that was started since does not know of the first, and sends one more.
+func (c *Container) ask(ctx context.Context) (over bool, err error) {
+	number, err := signalNumber(c.record.now().StopSignal)
+	if err != nil {
+		return false, fmt.Errorf("stop container %s: %w", c.id, err)
+	}
+	if !c.asked.CompareAndSwap(false, true) {
+		return false, nil
+	}
+	if over, err = c.signal(ctx, number, false); err != nil {
+		c.asked.Store(false)
+	}
+	return over, err
 }
 
 // signal sends a signal. When it can't because the container, or its VM, just ended, over is true.

@@ -102,6 +102,7 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	warnPinned(c.id, Resources{}, config.Resources)
 	c.followOutput()
 	p.add(c)
+	p.rank()
 	n.catchUp()
 	slog.Info("container created", "pod", p.id, "container", c.id, "name", config.Name, "ms", time.Since(c.created).Milliseconds())
 	p.m.events.send(Event{Kind: EventCreated, Pod: p.Status(), Container: c.Status()})
@@ -147,7 +148,7 @@ func (n *newContainer) request(ctx context.Context) (*agent.CreateRequest, error
 	if err != nil {
 		return nil, err
 	}
-	r.ImageRef, r.StopSignal = image.ID, r.Config.StopSignal
+	r.ImageRef, r.StopSignal = image.Ref(r.Config.ImageName), r.Config.StopSignal
 	if _, err := signalNumber(r.StopSignal); err != nil {
 		return nil, fmt.Errorf("stop signal: %w", err)
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -29,6 +31,9 @@ func (c *Container) Exec(ctx context.Context, e ExecConfig, stdio agent.IO) (int
 		return 0, fmt.Errorf("exec in container %s: %w", c.id, err)
 	}
 	process.Args, process.Terminal, process.ConsoleSize = e.Command, e.TTY, nil
+	if e.TTY {
+		process.Env = withTerm(process.Env)
+	}
 	data, err := json.Marshal(process)
 	if err != nil {
 		return 0, fmt.Errorf("exec in container %s: %w", c.id, err)
@@ -38,6 +43,14 @@ func (c *Container) Exec(ctx context.Context, e ExecConfig, stdio agent.IO) (int
 		return 0, fmt.Errorf("exec in container %s: %w", c.id, err)
 	}
 	return code, nil
+}
+
+// withTerm names a terminal where the environment names none, as that of a container without one does.
+func withTerm(env []string) []string {
+	if slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, "TERM=") }) {
+		return env
+	}
+	return append(env, "TERM=xterm")
 }
 
 // Attach joins the container's own process.

@@ -35,7 +35,7 @@ func TestLife(t *testing.T) {
 		t.Errorf("the guest's network is %v", a.network)
 	}
 	c := n.container(p, containerConfig("main"))
-	if s := c.Status(); s.State != Created || s.ImageRef != testImage || s.User == nil || s.User.UID != 1 {
+	if s := c.Status(); s.State != Created || s.ImageRef != testDigest || s.User == nil || s.User.UID != 1 {
 		t.Errorf("got %+v", s)
 	}
 	if err := c.Start(soon(t)); err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -23,7 +24,10 @@ import (
 	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
-const testImage = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+const (
+	testImage  = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	testDigest = "docker.io/library/web@sha256:abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789"
+)
 
 // node is a node whose VMs, network and images are fakes; its daemon may come and go.
 type node struct {
@@ -144,7 +148,7 @@ func (n *node) pod(c PodConfig) *Pod {
 }
 
 func containerConfig(name string) ContainerConfig {
-	return ContainerConfig{Name: name, Image: testImage, Command: []string{"run"}, LogPath: name + ".log"}
+	return ContainerConfig{Name: name, Image: testImage, ImageName: "web:1", Command: []string{"run"}, LogPath: name + ".log"}
 }
 
 func (n *node) container(p *Pod, c ContainerConfig) *Container {
@@ -311,7 +315,7 @@ func (f *fakeImages) Image(id string) (imagestore.Image, error) {
 		return imagestore.Image{}, fmt.Errorf("image %s: %w", id, errdefs.ErrNotFound)
 	}
 	var i imagestore.Image
-	i.ID = id
+	i.ID, i.Digests = id, []string{"a.example/mirror@sha256:" + strings.Repeat("9", 64), testDigest}
 	i.Config.Config = ocispec.ImageConfig{User: "nobody", StopSignal: "SIGUSR1", Env: []string{"A=b"}}
 	return i, nil
 }

@@ -31,6 +31,8 @@ type Pod struct {
 	change semaphore // held by whoever changes the pod
 	tasks  tasks     // what follows the VM
 
+	ranking sync.Mutex // held while it is told how expendable the pod is, so that the last one is right
+
 	mu         sync.Mutex
 	vm         vmm.VM // nil when it has none (any more)
 	leaving    bool   // its VM is being ended on purpose

@@ -184,6 +184,7 @@ func (p *Pod) reattach(ctx context.Context) error {
 		return err
 	}
 	p.setMachine(v)
+	p.rank() // the daemon before may not have come to it
 	for _, c := range p.Containers() {
 		c.followOutput() // also of those that have ended: what they said last may be missing
 	}

@@ -23,6 +23,7 @@ type fakeShares struct {
 	served   []share.Dir
 	pods     []share.Pod
 	released []string
+	scores   map[string]int // by runtime folder
 }
 
 func (f *fakeShares) Share(_ context.Context, p share.Pod, d share.Dir) error {
@@ -38,6 +39,16 @@ func (f *fakeShares) Resume(p share.Pod, dirs []share.Dir) {
 	for _, d := range dirs {
 		f.Share(context.Background(), p, d)
 	}
+}
+
+func (f *fakeShares) SetOOMScore(run string, score int) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.scores == nil {
+		f.scores = map[string]int{}
+	}
+	f.scores[run] = score
+	return f.err
 }
 
 func (f *fakeShares) Release(_ context.Context, run string) error {

@@ -91,31 +91,61 @@ func (p *Pod) resize(ctx context.Context, want vmm.Size) error {
 
 // sizeFor is the size of the VM for what the pod as a whole may use, of memory and of CPUs, where that
 // is known, or else for the sum of its containers: never less than it was started with, which is also
-// what a pod without limits gets. It may be more than the VM can have.
+// what a pod without limits gets. Limits may be more than the VM can have; what is wanted beyond them is not.
 func (p *Pod) sizeFor(pod PodConfig, containers []Resources) vmm.Size {
-	var memory int64
-	var cpus float64
+	least, vm := p.m.o.Size, p.record.now().VM
+	limit, wanted := cpusFor(pod, containers)
+	cpus := max(limit, min(wanted, vm.Most().CPUs))
+	memory, open := memoryFor(pod, containers)
+	if memory > 0 && open > 0 && !memoryCapped(vm.Cgroup) {
+		memory = max(memory, min(memory+open*least.Memory, vm.Most().Memory))
+	}
+	return vmm.Size{CPUs: max(cpus, least.CPUs), Memory: max(memory, least.Memory)}
+}
+
+// cpusFor is how many CPUs the limits are, and how many may be wanted. For a pod as a whole the kubelet adds up
+// the limits that are set, and all requests; where a container has no limit, the pod may use more than
+// either, and what each container may use counts as well.
+func cpusFor(pod PodConfig, containers []Resources) (limit, wanted int) {
+	var limits, all float64
+	open := false
 	for _, r := range containers {
-		memory += max(r.Memory, 0)
-		cpus += r.cpus()
+		limits += r.quota()
+		all += r.cpus()
+		open = open || r.quota() == 0
 	}
 	if r := pod.Resources; r != nil {
-		if r.Memory > 0 {
-			memory = r.Memory
+		if q := r.quota(); q > 0 {
+			limits = q
+			if !open { // the limit of the kubelet's cgroup, too
+				all = 0
+			}
 		}
-		if r.cpus() > 0 {
-			cpus = r.cpus()
+		all = max(all, r.cpus())
+	}
+	return int(math.Ceil(limits)), int(math.Ceil(all))
+}
+
+// memoryFor is the memory that the limits are, with the guest's own, 0 where there is none, and how many
+// containers have no limit. Each of those wants what a pod without limits gets.
+func memoryFor(pod PodConfig, containers []Resources) (memory, open int64) {
+	for _, r := range containers {
+		memory += max(r.Memory, 0)
+		if r.Memory <= 0 {
+			open++
 		}
 	}
-	if memory > 0 {
-		own := int64(guestMemory)
-		if pod.Overhead != nil {
-			own = max(own, pod.Overhead.Memory)
-		}
-		memory += own
+	if r := pod.Resources; r != nil && r.Memory > 0 {
+		memory = r.Memory
 	}
-	least := p.m.o.Size
-	return vmm.Size{CPUs: max(int(math.Ceil(cpus)), least.CPUs), Memory: max(memory, least.Memory)}
+	if memory == 0 {
+		return 0, open
+	}
+	own := int64(guestMemory)
+	if pod.Overhead != nil {
+		own = max(own, pod.Overhead.Memory)
+	}
+	return memory + own, open
 }
 
 // sizeAfter is sizeFor when a container's limits change. Where they rise, what was said of the pod as a
@@ -137,8 +167,21 @@ func (p *Pod) sizeAfter(c *Container, limits Resources) vmm.Size {
 // defaultPeriod is that of a CPU quota without one, in microseconds.
 const defaultPeriod = 100_000
 
-// cpus is how many CPUs the quota is; 0 where there is none.
+// sharesPerCPU are those of a request for one CPU. minShares is the least that there can be, which the
+// kubelet gives where nothing is requested.
+const sharesPerCPU, minShares = 1024, 2
+
+// cpus is how many CPUs are meant: those of the quota, or what is requested where that is more, as it is
+// where there is no quota, because nobody set one or because the CPUs are exclusive. 0 where nothing is said.
 func (r Resources) cpus() float64 {
+	if r.CPUShares <= minShares {
+		return r.quota()
+	}
+	return max(r.quota(), float64(r.CPUShares)/sharesPerCPU)
+}
+
+// quota is how many CPUs the quota is; 0 where there is none.
+func (r Resources) quota() float64 {
 	if r.CPUQuota <= 0 {
 		return 0
 	}

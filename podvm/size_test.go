@@ -1,6 +1,9 @@
 package podvm
 
 import (
+	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -99,5 +102,117 @@ func TestPodWithOneLimit(t *testing.T) {
 	n.running(p, main)
 	if s := n.size(); s != (vmm.Size{CPUs: 2, Memory: 1<<30 + guestMemory}) {
 		t.Errorf("the VM has %+v", s)
+	}
+}
+
+// TestSizeFor: as many CPUs as the pod may use, and memory for containers without a limit, too.
+func TestSizeFor(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	const mib = 1 << 20
+	start := int64(256 * mib)
+	cpu := func(quota, shares int64) Resources {
+		return Resources{CPUQuota: quota * 1000, CPUPeriod: 100_000, CPUShares: shares}
+	}
+	whole := func(r Resources) *Resources { return &r }
+	for name, c := range map[string]struct {
+		pod        *Resources
+		containers []Resources
+		want       vmm.Size
+	}{
+		"nothing":                     {nil, nil, vmm.Size{CPUs: 1, Memory: start}},
+		"best effort":                 {whole(cpu(0, 2)), []Resources{cpu(0, 2), cpu(0, 2), cpu(0, 2)}, vmm.Size{CPUs: 1, Memory: start}},
+		"requested":                   {whole(cpu(0, 3072)), nil, vmm.Size{CPUs: 3, Memory: start}},
+		"requested by a container":    {nil, []Resources{cpu(0, 2500)}, vmm.Size{CPUs: 3, Memory: start}},
+		"exclusive":                   {whole(Resources{CPUQuota: -1, CPUPeriod: 100_000, CPUShares: 4096}), []Resources{{CPUQuota: -1, CPUPeriod: 100_000, CPUShares: 4096}}, vmm.Size{CPUs: 4, Memory: start}},
+		"more than there is":          {whole(cpu(0, 262144)), []Resources{cpu(0, 262144)}, vmm.Size{CPUs: 4, Memory: start}},
+		"limits more than there is":   {whole(cpu(500, 2)), []Resources{cpu(500, 2)}, vmm.Size{CPUs: 5, Memory: start}},
+		"limit above the request":     {whole(cpu(200, 100)), []Resources{cpu(200, 100)}, vmm.Size{CPUs: 2, Memory: start}},
+		"limit, and nothing":          {whole(cpu(100, 1024)), []Resources{cpu(100, 1024), cpu(0, 2)}, vmm.Size{CPUs: 1, Memory: start}},
+		"limit, and a request":        {whole(cpu(200, 1124)), []Resources{cpu(200, 100), cpu(0, 1024)}, vmm.Size{CPUs: 3, Memory: start}},
+		"limit of the pod":            {whole(cpu(200, 100)), []Resources{cpu(200, 100), cpu(200, 100)}, vmm.Size{CPUs: 2, Memory: start}},
+		"memory":                      {nil, []Resources{{Memory: 512 * mib}}, vmm.Size{CPUs: 1, Memory: 512*mib + guestMemory}},
+		"memory, and no limit":        {nil, []Resources{{Memory: 512 * mib}, {}}, vmm.Size{CPUs: 1, Memory: 512*mib + start + guestMemory}},
+		"memory of the pod, no limit": {whole(Resources{Memory: 512 * mib}), []Resources{{Memory: 512 * mib}, {Memory: -1}, {}}, vmm.Size{CPUs: 1, Memory: 512*mib + 2*start + guestMemory}},
+		"little, and no limit":        {nil, []Resources{{Memory: 16 * mib}, {}}, vmm.Size{CPUs: 1, Memory: 16*mib + start + guestMemory}},
+		"no limit at all":             {whole(Resources{Memory: -1}), []Resources{{}, {Memory: -1}}, vmm.Size{CPUs: 1, Memory: start}},
+		"all memory, and no limit":    {nil, []Resources{{Memory: 4000 * mib}, {}}, vmm.Size{CPUs: 1, Memory: 4096 * mib}},
+		"limit of all, and no limit":  {nil, []Resources{{Memory: tooMuch}, {}}, vmm.Size{CPUs: 1, Memory: tooMuch + guestMemory}},
+	} {
+		if got := p.sizeFor(PodConfig{Resources: c.pod}, c.containers); got != c.want {
+			t.Errorf("%s: got %+v, want %+v", name, got, c.want)
+		}
+	}
+}
+
+// TestExclusiveCPUs: the kubelet gives them without a quota, and the VM has them from the start.
+func TestExclusiveCPUs(t *testing.T) {
+	n := newNode(t)
+	exclusive := Resources{CPUQuota: -1, CPUPeriod: 100_000, CPUShares: 3 * 1024, Memory: 512 << 20}
+	config, main := podConfig("database"), containerConfig("main")
+	config.Resources, main.Resources = &exclusive, exclusive
+	p := n.pod(config)
+	want := vmm.Size{CPUs: 3, Memory: 512<<20 + guestMemory}
+	if s := n.size(); s != want {
+		t.Errorf("the pod has %+v", s)
+	}
+	n.running(p, main)
+	if s := n.size(); s != want {
+		t.Errorf("its container has %+v", s)
+	}
+}
+
+// TestUpdateRequest: the VM follows what is requested, and more than there is is no reason to refuse it.
+func TestUpdateRequest(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	main, side := containerConfig("main"), containerConfig("side")
+	main.Resources = Resources{CPUShares: 512}
+	side.Resources = Resources{CPUQuota: 100_000, CPUShares: 512, Memory: 3800 << 20}
+	c := n.running(p, main)
+	d := n.running(p, side)
+	if s := n.size(); s != (vmm.Size{CPUs: 2, Memory: 4 << 30}) {
+		t.Errorf("the VM has %+v", s)
+	}
+	for _, step := range []struct{ shares, want int64 }{{2048, 3}, {5000, 4}} {
+		if err := c.Update(soon(t), Resources{CPUShares: step.shares}); err != nil {
+			t.Error(err)
+		}
+		if s := n.size(); s.CPUs != int(step.want) {
+			t.Errorf("for %d shares the VM became %+v", step.shares, s)
+		}
+	}
+	if err := p.Update(soon(t), nil, &Resources{CPUShares: 5512}); err != nil {
+		t.Error(err)
+	}
+	// The other one's limits may rise to all there is, whatever this one would use.
+	if err := d.Update(soon(t), Resources{CPUQuota: 400_000, Memory: 4<<30 - guestMemory}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestMemoryBelowTheCgroups: a container that comes later, without a limit, does not make a guest larger than
+// the cgroup in which its VM is.
+func TestMemoryBelowTheCgroups(t *testing.T) {
+	n := newNode(t)
+	config, main := podConfig("web"), containerConfig("main")
+	config.Resources, main.Resources = &Resources{Memory: 512 << 20}, Resources{Memory: 512 << 20}
+	p := n.pod(config)
+	n.running(p, main)
+	dir := t.TempDir()
+	if err := p.record.set(func(r *podRecord) { r.VM.Cgroup = filepath.Join(dir, "vm") }); err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range []struct {
+		limit string
+		want  int64
+	}{{"536870912\n", 512<<20 + guestMemory}, {"max\n", 1024<<20 + guestMemory}} {
+		if err := os.WriteFile(filepath.Join(dir, "memory.max"), []byte(c.limit), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		n.running(p, containerConfig(fmt.Sprint("debug", i)))
+		if s := n.size(); s.Memory != c.want {
+			t.Errorf("in a cgroup of %q the VM has %+v", c.limit, s)
+		}
 	}
 }

@@ -296,6 +296,7 @@ func (c *Container) ended(at time.Time, code int32, reason, message string) {
 	if !changed {
 		return
 	}
+	c.pod.rank()
 	close(c.exited)
 	slog.Info("container exited", "pod", c.pod.id, "container", c.id, "code", code, "reason", reason)
 	c.pod.m.events.send(Event{Kind: EventStopped, Pod: c.pod.Status(), Container: c.Status()})

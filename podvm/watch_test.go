@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -371,6 +372,40 @@ func TestStopGrace(t *testing.T) {
 	}
 	if s := d.Status(); s.ExitCode != 143 {
 		t.Errorf("got %+v", s)
+	}
+}
+
+// TestStopAgain: the kubelet repeats its calls, and shortens the grace period; the program is asked once.
+func TestStopAgain(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("main"))
+	a := n.agentOf(p.ID())
+	signals := func() []int32 {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return slices.Clone(a.containers[c.ID()].signals)
+	}
+	a.do(func() { a.fail["Signal"] = errInjected })
+	if err := c.Stop(soon(t), time.Minute); err == nil {
+		t.Error("the signal was lost, and nobody is told")
+	}
+	a.do(func() { delete(a.fail, "Signal") })
+	first := make(chan error, 1)
+	go func() { first <- c.Stop(soon(t), time.Minute) }()
+	n.until("the stop signal", func() bool { return len(signals()) == 1 })
+	began := time.Now()
+	if err := c.Stop(soon(t), 50*time.Millisecond); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); took < 50*time.Millisecond || took > 10*time.Second {
+		t.Errorf("the second call took %v", took)
+	}
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if got := signals(); !slices.Equal(got, []int32{int32(unix.SIGUSR1), int32(unix.SIGKILL)}) {
+		t.Errorf("signals %v, want the image's SIGUSR1 once, and SIGKILL", got)
 	}
 }
 

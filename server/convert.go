@@ -108,10 +108,10 @@ func podConfig(c *cri.PodSandboxConfig, handler string) (podvm.PodConfig, error)
 		}
 		p.Sysctls[strings.ReplaceAll(name, "/", ".")] = value
 	}
-	if p.Resources, err = optionalResources(c.GetLinux().GetResources()); err != nil {
+	if p.Resources, err = podResources(c.GetLinux().GetResources()); err != nil {
 		return p, fmt.Errorf("pod resources: %w", err)
 	}
-	if p.Overhead, err = optionalResources(c.GetLinux().GetOverhead()); err != nil {
+	if p.Overhead, err = podResources(c.GetLinux().GetOverhead()); err != nil {
 		return p, fmt.Errorf("pod overhead: %w", err)
 	}
 	return p, podSecurity(&p, c.GetLinux().GetSecurityContext())

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/caisson-vm/caisson/podvm"
@@ -16,10 +17,14 @@ var (
 	unifiedRE  = regexp.MustCompile(`^[a-z0-9_]+(\.[A-Za-z0-9_]+)+$`)
 )
 
-func optionalResources(r *cri.LinuxContainerResources) (*podvm.Resources, error) {
+// podResources are those of a pod as a whole, nil where nothing is said of them. A negative limit is none: the
+// kubelet subtracts the RuntimeClass's overhead also from the -1 that stands for it.
+func podResources(r *cri.LinuxContainerResources) (*podvm.Resources, error) {
 	if r == nil {
 		return nil, nil
 	}
+	r = proto.CloneOf(r)
+	r.CpuQuota, r.MemoryLimitInBytes = max(r.CpuQuota, -1), max(r.MemoryLimitInBytes, -1)
 	res, err := resources(r)
 	return &res, err
 }

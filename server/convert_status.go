@@ -127,7 +127,8 @@ func criImageSpec(c *podvm.ContainerConfig) *cri.ImageSpec {
 	return &cri.ImageSpec{Image: c.ImageName, UserSpecifiedImage: c.ImageName, ImageRef: c.Image}
 }
 
-// criImageRef names the image by its registry's digest, or by its id where it has none.
+// criImageRef names the image by its registry's digest, or by its id where it has none, or where the container
+// is of a daemon that did not know. It is for people to read: the kubelet goes by the id.
 func criImageRef(s podvm.ContainerStatus) string {
 	if s.ImageRef != "" {
 		return s.ImageRef

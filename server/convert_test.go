@@ -73,6 +73,19 @@ func TestPodConfig(t *testing.T) {
 	}
 }
 
+// TestPodWithoutLimits: what the kubelet makes of no limit and an overhead is no limit.
+func TestPodWithoutLimits(t *testing.T) {
+	c := fullPod()
+	c.Linux.Resources = &cri.LinuxContainerResources{CpuQuota: -5001, CpuPeriod: 100_000, MemoryLimitInBytes: -67108865}
+	got, err := podConfig(c, "")
+	if want := (podvm.Resources{CPUQuota: -1, CPUPeriod: 100_000, Memory: -1}); err != nil || !reflect.DeepEqual(*got.Resources, want) {
+		t.Errorf("got %+v, %v", got.Resources, err)
+	}
+	if c.Linux.Resources.CpuQuota != -5001 {
+		t.Error("the request was changed")
+	}
+}
+
 func TestPodConfigRefuses(t *testing.T) {
 	long := strings.Repeat("a", 300)
 	context := func(c *cri.PodSandboxConfig) *cri.LinuxSandboxSecurityContext { return c.Linux.SecurityContext }

@@ -139,8 +139,8 @@ func (p *fakePod) Create(_ context.Context, config podvm.ContainerConfig) (Conta
 	}
 	c := &fakeContainer{all: p.all, status: podvm.ContainerStatus{
 		ID: p.all.id(0xc0 + len(p.all.containers)), Pod: p.status.ID, Config: config, State: podvm.Created, Created: time.Now(),
-		LogPath: filepath.Join(p.status.Config.LogDir, config.LogPath),
-		User:    &podvm.ResolvedUser{UID: 1000, GID: 1000, SupplementalGroups: []int64{1000}},
+		LogPath: filepath.Join(p.status.Config.LogDir, config.LogPath), ImageRef: busyboxDigest,
+		User: &podvm.ResolvedUser{UID: 1000, GID: 1000, SupplementalGroups: []int64{1000}},
 	}}
 	p.all.containers = append(p.all.containers, c)
 	p.all.send(podvm.Event{Kind: podvm.EventCreated, Pod: p.status, Container: c.status, Time: time.Now()})
@@ -244,11 +244,14 @@ type fakeImages struct {
 	auth   *imagestore.Auth
 }
 
-const busyboxID = "sha256:1111111111111111111111111111111111111111111111111111111111111111"
+const (
+	busyboxID     = "sha256:1111111111111111111111111111111111111111111111111111111111111111"
+	busyboxDigest = "docker.io/library/busybox@sha256:22"
+)
 
 func newFakeImages() *fakeImages {
 	busybox := imagestore.Image{
-		ID: busyboxID, Tags: []string{"docker.io/library/busybox:1"}, Digests: []string{"docker.io/library/busybox@sha256:22"}, Size: 4096, Pinned: true,
+		ID: busyboxID, Tags: []string{"docker.io/library/busybox:1"}, Digests: []string{busyboxDigest}, Size: 4096, Pinned: true,
 	}
 	busybox.Config.Config = ocispec.ImageConfig{User: "1000:1000", StopSignal: "SIGQUIT"}
 	return &fakeImages{images: []imagestore.Image{busybox}}

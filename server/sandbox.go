@@ -82,11 +82,11 @@ func (s *runtimeService) StreamPodSandboxes(r *cri.StreamPodSandboxesRequest, ou
 
 // UpdatePodSandboxResources resizes a pod's VM. The kubelet takes an error as a veto.
 func (s *runtimeService) UpdatePodSandboxResources(ctx context.Context, r *cri.UpdatePodSandboxResourcesRequest) (*cri.UpdatePodSandboxResourcesResponse, error) {
-	overhead, err := optionalResources(r.GetOverhead())
+	overhead, err := podResources(r.GetOverhead())
 	if err != nil {
 		return nil, fmt.Errorf("pod overhead: %w", err)
 	}
-	resources, err := optionalResources(r.GetResources())
+	resources, err := podResources(r.GetResources())
 	if err != nil {
 		return nil, fmt.Errorf("pod resources: %w", err)
 	}

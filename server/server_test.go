@@ -132,7 +132,7 @@ func checkPodStatus(t *testing.T, r *cri.PodSandboxStatusResponse, container str
 func checkContainerStatus(t *testing.T, r *cri.ContainerStatusResponse) {
 	t.Helper()
 	s := r.GetStatus()
-	if s.GetState() != cri.ContainerState_CONTAINER_RUNNING || s.GetStartedAt() == 0 || s.GetFinishedAt() != 0 || s.GetImageId() != busyboxID ||
+	if s.GetState() != cri.ContainerState_CONTAINER_RUNNING || s.GetStartedAt() == 0 || s.GetFinishedAt() != 0 || s.GetImageId() != busyboxID || s.GetImageRef() != busyboxDigest ||
 		s.GetImage().GetImage() != "busybox:1" || s.GetLogPath() != "/var/log/pods/shop_web-0_7d0c/nginx/3.log" ||
 		s.GetStopSignal() != cri.Signal_SIGNAL_SIGQUIT || s.GetUser().GetLinux().GetUid() != 1000 ||
 		s.GetResources().GetLinux().GetMemoryLimitInBytes() != 1<<26 || s.GetResources().GetLinux().GetCpusetCpus() != "" || len(s.GetMounts()) != 2 {
@@ -297,6 +297,15 @@ func TestUpdates(t *testing.T) {
 	if u := d.pods.pods[0].updates; len(u) != 1 || u[0].CPUQuota != 100 {
 		t.Errorf("pod's updates: %v", u)
 	}
+	// No limits, less what the kubelet takes off for an overhead of 50m and 64Mi.
+	must(c.UpdatePodSandboxResources(ctx, &cri.UpdatePodSandboxResourcesRequest{
+		PodSandboxId: pod, Resources: &cri.LinuxContainerResources{CpuQuota: -5001, CpuPeriod: 100_000, CpuShares: 1024, MemoryLimitInBytes: -67108865},
+	}))(t)
+	if u := d.pods.pods[0].updates; len(u) != 2 || !reflect.DeepEqual(*u[1], podvm.Resources{CPUQuota: -1, CPUPeriod: 100_000, CPUShares: 1024, Memory: -1}) {
+		t.Errorf("pod's updates: %v", u)
+	}
+	_, err = c.UpdateContainerResources(ctx, &cri.UpdateContainerResourcesRequest{ContainerId: container, Linux: &cri.LinuxContainerResources{CpuQuota: -5001}})
+	wantCode(t, err, codes.InvalidArgument)
 	_, err = c.UpdatePodSandboxResources(ctx, &cri.UpdatePodSandboxResourcesRequest{
 		PodSandboxId: pod, Resources: &cri.LinuxContainerResources{CpuPeriod: -1},
 	})

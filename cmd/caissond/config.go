@@ -31,8 +31,8 @@ type Config struct {
 	Driver string `toml:"driver" comment:"auto, cloud-hypervisor or qemu. auto takes Cloud Hypervisor where KVM truly works, else QEMU."`
 	Guest  string `toml:"guest" comment:"Folder of the guest's kernel and initramfs, made by 'caissond guest build'."`
 	VM     struct {
-		CPUs      int      `toml:"cpus" comment:"vCPUs of a pod without a CPU limit."`
-		Memory    Size     `toml:"memory" comment:"Memory of a pod without a memory limit. It costs nothing until it is used."`
+		CPUs      int      `toml:"cpus" comment:"vCPUs of a pod that neither has a CPU limit nor requests more."`
+		Memory    Size     `toml:"memory" comment:"Memory of a pod without a memory limit, and what a container without one adds to the limits of others. It costs nothing until it is used."`
 		MaxCPUs   int      `toml:"max_cpus" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
 		MaxMemory Size     `toml:"max_memory" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
 		Template  string   `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`

@@ -133,6 +133,11 @@ func (s *Server) Release(ctx context.Context, run string) error {
 	return nil
 }
 
+// SetOOMScore is process.SetOOMScore for the process of the pod with this runtime folder, if there is one.
+func (s *Server) SetOOMScore(run string, score int) error {
+	return process.SetOOMScore(folder(run), score)
+}
+
 // Close ends the daemon's part: processes go on, and what the daemon relays waits for the next one.
 func (s *Server) Close() {
 	s.mu.Lock()

@@ -105,5 +105,9 @@ func (p *served) launch(dir string) (*process.Process, error) {
 	if err := started.Save(dir); err != nil {
 		return nil, errors.Join(err, started.Kill(context.Background()))
 	}
+	// In a cgroup that is full the kernel would take it instead of the VMM, which is what fills it.
+	if err := process.SameOOMScore(dir, p.Dir); err != nil {
+		slog.Warn("the process that serves host directories is not as expendable as its pod", "pod", p.ID, "err", err)
+	}
 	return started, nil
 }

@@ -93,21 +93,18 @@ func Start(s Spec) (*Process, error) {
 	return p, nil
 }
 
-// expendable makes a process one like others for a kernel that is out of memory: it inherits the
-// daemon's protection, and no pod is to live on at the cost of the node's services.
-func expendable(pid int) error {
-	err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("0"), 0)
-	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH): // it has ended already
-		return nil
-	case errors.Is(err, fs.ErrPermission): // it is more expendable, and may not become less so
-		return nil
-	}
-	return err
-}
-
 // Find returns the process if it still runs; otherwise an error that wraps fs.ErrNotExist.
 func Find(id Identity) (*Process, error) {
+	p, err := find(id)
+	if err != nil {
+		return nil, err
+	}
+	go p.wait()
+	return p, nil
+}
+
+// find returns the process, whose descriptor is for its caller to close.
+func find(id Identity) (*Process, error) {
 	p, err := open(id.PID)
 	if err != nil {
 		return nil, err
@@ -117,7 +114,6 @@ func Find(id Identity) (*Process, error) {
 		p.pidfd.Close()
 		return nil, fmt.Errorf("process %d is another one now: %w", id.PID, fs.ErrNotExist)
 	}
-	go p.wait()
 	return p, nil
 }
 
@@ -145,16 +141,24 @@ func (p *Process) Save(dir string) error {
 // Load finds the process whose identity was saved in the folder. The error wraps fs.ErrNotExist if it,
 // or the file, is gone.
 func Load(dir string) (*Process, error) {
-	path := SavedPath(dir)
-	data, err := os.ReadFile(path)
+	id, err := saved(dir)
 	if err != nil {
 		return nil, err
 	}
-	var id Identity
-	if err := json.Unmarshal(data, &id); err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
 	return Find(id)
+}
+
+// saved reads the identity that was saved in the folder.
+func saved(dir string) (id Identity, err error) {
+	path := SavedPath(dir)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return id, err
+	}
+	if err := json.Unmarshal(data, &id); err != nil {
+		return id, fmt.Errorf("%s: %w", path, err)
+	}
+	return id, nil
 }
 
 // KillIn ends the process that was started in the folder, whatever program it is and whether or not that

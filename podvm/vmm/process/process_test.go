@@ -3,7 +3,6 @@ package process
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -144,27 +143,6 @@ func TestNothingIsInherited(t *testing.T) {
 	}
 	if strings.Count(string(text), "/etc/passwd") != 1 {
 		t.Fatalf("want the given file once:\n%s", text)
-	}
-}
-
-// How the daemon is protected from a lack of memory is not how its VMMs are.
-func TestOOMScoreIsNotInherited(t *testing.T) {
-	const own = "/proc/self/oom_score_adj"
-	before, err := os.ReadFile(own)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(own, []byte("100"), 0); err != nil {
-		t.Fatal(err)
-	}
-	defer os.WriteFile(own, before, 0)
-	p, err := Start(Spec{Path: "/bin/sleep", Args: []string{"1000"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Kill(limit(t))
-	if got, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", p.PID())); err != nil || strings.TrimSpace(string(got)) != "0" {
-		t.Errorf("got %q, %v", got, err)
 	}
 }
 
