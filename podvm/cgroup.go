@@ -55,17 +55,6 @@ func makeCgroup(path string) error {
 	return nil
 }
 
-// memoryCapped tells whether the cgroup that a pod's VMM is below has a limit of memory. The kubelet sets one
-// where all containers of the pod's manifest have a limit, or the pod as a whole. A guest with more memory than
-// that would have its VM killed for using it, for the sake of a container that came later (kubectl debug).
-func memoryCapped(cgroup string) bool {
-	if cgroup == "" {
-		return false
-	}
-	limit, err := os.ReadFile(filepath.Join(filepath.Dir(cgroup), "memory.max"))
-	return err == nil && strings.TrimSpace(string(limit)) != "max"
-}
-
 // unified tells whether the node has cgroup v2.
 func unified() bool {
 	var fs unix.Statfs_t

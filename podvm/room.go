@@ -41,12 +41,15 @@ func (p *Pod) makeRoom(c PodConfig) {
 	}
 }
 
-// guestMemory is what the guest needs beside the containers, in bytes.
-func (c PodConfig) guestMemory() int64 {
-	if c.Overhead != nil {
-		return max(guestMemory, c.Overhead.Memory)
+// memoryCapped tells whether the cgroup that a pod's VMM is below has a limit of memory. The kubelet sets one
+// where all containers of the pod's manifest have a limit, or the pod as a whole. A guest with more memory than
+// that would have its VM killed for using it, for the sake of a container that came later (kubectl debug).
+func memoryCapped(cgroup string) bool {
+	if cgroup == "" {
+		return false
 	}
-	return guestMemory
+	limit, err := readLimit(filepath.Join(filepath.Dir(cgroup), "memory.max"))
+	return err == nil && limit != unlimited
 }
 
 // unlimited is what readLimit returns for "max".

@@ -11,8 +11,16 @@ import (
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
-// guestMemory is what the guest's kernel, agent and crun need beside the pod's containers, in bytes.
+// guestMemory is what the guest's kernel, agent and crun need beside the pod's containers, in bytes, unless the
+// pod's overhead is more.
 const guestMemory = 64 << 20
+
+func (c PodConfig) guestMemory() int64 {
+	if c.Overhead != nil {
+		return max(guestMemory, c.Overhead.Memory)
+	}
+	return guestMemory
+}
 
 // limits are the resources of the pod's containers that have not ended, but for one.
 func (p *Pod) limits(except string) []Resources {
@@ -141,11 +149,7 @@ func memoryFor(pod PodConfig, containers []Resources) (memory, open int64) {
 	if memory == 0 {
 		return 0, open
 	}
-	own := int64(guestMemory)
-	if pod.Overhead != nil {
-		own = max(own, pod.Overhead.Memory)
-	}
-	return memory + own, open
+	return memory + pod.guestMemory(), open
 }
 
 // sizeAfter is sizeFor when a container's limits change. Where they rise, what was said of the pod as a
