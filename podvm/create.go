@@ -247,6 +247,9 @@ func (p *Pod) attachImage(ctx context.Context, id string) (imagestore.Image, str
 	return image, address, err
 }
 
+// isID tells whether it can be the id of a pod or container.
+func isID(s string) bool { return len(s) == 64 && isHex(s) }
+
 func isHex(s string) bool {
 	return s != "" && strings.Trim(s, "0123456789abcdef") == ""
 }

@@ -250,8 +250,6 @@ func newID() string {
 	return hex.EncodeToString(b)
 }
 
-func isID(s string) bool { return len(s) == 64 && isHex(s) }
-
 // operation is the context of work that belongs to the daemon and not to the caller.
 func operation(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), limit)

@@ -26,7 +26,7 @@ func pump(ctx context.Context, client *agent.Client, container string, w *logWri
 	for {
 		err := pumpOnce(ctx, client, container, w)
 		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, errdefs.ErrNotFound):
+		case err == io.EOF, errors.Is(err, errdefs.ErrNotFound): // others have it in them where a stream broke
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()

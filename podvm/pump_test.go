@@ -51,7 +51,8 @@ func soon(t *testing.T) context.Context {
 	return ctx
 }
 
-// TestPumpThroughBrokenStreams moves output whose stream breaks, and whose disk is full meanwhile.
+// TestPumpThroughBrokenStreams moves output whose stream breaks, in a frame, between two and before the first,
+// and whose disk is full meanwhile.
 func TestPumpThroughBrokenStreams(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 3))
 	all, want := someRecords(r, 2000)
@@ -61,19 +62,22 @@ func TestPumpThroughBrokenStreams(t *testing.T) {
 		if h.Offset < acked.Load() {
 			t.Errorf("%d is asked for, %d is acknowledged", h.Offset, acked.Load())
 		}
-		if agent.WriteMessage(conn, agent.Reply{}) != nil {
+		stream := streams.Add(1)
+		if stream == 1 || agent.WriteMessage(conn, agent.Reply{}) != nil {
 			return
 		}
 		w, send := agent.NewFrameWriter(conn), after(all, h.Offset)
-		broken := streams.Add(1) < 3
+		broken := stream < 4
 		if broken {
 			send = send[:len(send)/3]
 		}
 		for _, r := range send {
 			w.Write(agent.FrameOutput, agent.AppendRecord(nil, r))
 		}
+		if stream == 2 {
+			conn.Write([]byte{byte(agent.FrameOutput), 0})
+		}
 		if broken {
-			conn.Write([]byte{byte(agent.FrameOutput), 0}) // in the middle of a frame
 			return
 		}
 		w.End(agent.FrameOutput)

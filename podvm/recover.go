@@ -228,6 +228,9 @@ func (p *Pod) found(ctx context.Context, unknown []string) {
 // whose record can't be read goes on.
 func (p *Pod) removeUnknown(ctx context.Context, ids []string) {
 	for _, id := range ids {
+		if ctx.Err() != nil {
+			return // the guest is too slow, or says too much; the next daemon asks again
+		}
 		if !isID(id) {
 			continue
 		}

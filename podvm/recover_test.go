@@ -338,6 +338,37 @@ func TestRecoverHalfMadeContainer(t *testing.T) {
 	n.running(n.again(p.ID()), containerConfig("main"))
 }
 
+// TestRecoverManyUnknown: a guest that tells of containers which nobody knows, and removes none of them, is asked
+// no longer than a pod may take.
+func TestRecoverManyUnknown(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	a, stuck := n.agentOf(p.ID()), make(chan struct{})
+	defer close(stuck)
+	a.do(func() {
+		for range 100 {
+			a.reports = append(a.reports, &agent.ContainerState{Id: newID(), State: agent.State_STATE_RUNNING})
+		}
+		a.before["Remove"] = func() { <-stuck }
+	})
+	n.open()
+	n.attach = 100 * time.Millisecond
+	if err := n.Recover(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.again(p.ID()).Stats(soon(t)); err != nil { // what was asked before has come by then
+		t.Error(err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if asked := a.calls["Remove"]; asked > 1 {
+		t.Errorf("it was asked to remove %d", asked)
+	}
+}
+
 // TestRecoverUnreadable keeps what it does not understand, until somebody asks for its removal.
 func TestRecoverUnreadable(t *testing.T) {
 	for name, content := range map[string]string{

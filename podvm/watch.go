@@ -156,6 +156,8 @@ func (p *Pod) watchAgent(ctx context.Context, listed func(unknown []string)) {
 
 // watchOnce follows one stream to its end.
 func (p *Pod) watchOnce(ctx context.Context, listed func(unknown []string)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	rpc, err := p.client.RPC(ctx)
 	if err != nil {
 		return err

@@ -12,9 +12,6 @@ import (
 	"github.com/caisson-vm/caisson/podvm/agent"
 )
 
-// writeBackMax bounds what is written back of a file, in bytes.
-const writeBackMax = 1 << 20
-
 // writeBackAll puts what a container wrote into its copies of files, as the guest tells it, into the host's: each
 // of those that were given to it for writing (the copies' names and the files' paths) once. Of others a guest may
 // tell any number.
@@ -48,8 +45,8 @@ func openAsFound(path string, flags uint64) (*os.File, error) {
 // writeBack puts what a container wrote into its copy of a file into the host's, in place, because the kubelet
 // has it mounted elsewhere too.
 func writeBack(path string, content []byte) error {
-	if len(content) > writeBackMax {
-		return fmt.Errorf("%s has more than %d bytes in the container; the node's stays as it is: use a volume for files that grow", path, writeBackMax)
+	if len(content) > agent.WrittenMax {
+		return fmt.Errorf("%s has more than %d bytes in the container; the node's stays as it is: use a volume for files that grow", path, agent.WrittenMax)
 	}
 	file, err := openAsFound(path, unix.O_RDWR)
 	if err != nil {
@@ -63,7 +60,7 @@ func writeBack(path string, content []byte) error {
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s is no regular file any more", path)
 	}
-	old, err := io.ReadAll(io.LimitReader(file, writeBackMax+1))
+	old, err := io.ReadAll(io.LimitReader(file, agent.WrittenMax+1))
 	if err == nil && bytes.Equal(old, content) {
 		return nil
 	}

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"runtime"
@@ -15,6 +16,16 @@ import (
 // hostile is a session with a guest that says hello and then does as the test likes.
 func hostile(t *testing.T, guest func(mux *yamux.Session)) *Session {
 	t.Helper()
+	return hostilePort(t, func(r io.Reader, port net.Conn) {
+		if mux, err := yamux.Server(buffered{r, port}, config()); err == nil {
+			guest(mux)
+		}
+	})
+}
+
+// hostilePort is the same without yamux in the guest.
+func hostilePort(t *testing.T, guest func(r io.Reader, port net.Conn)) *Session {
+	t.Helper()
 	host, end := net.Pipe()
 	t.Cleanup(func() { end.Close() })
 	go func() {
@@ -22,9 +33,7 @@ func hostile(t *testing.T, guest func(mux *yamux.Session)) *Session {
 		if err := answer(r, end); err != nil {
 			return
 		}
-		if mux, err := yamux.Server(buffered{r, end}, config()); err == nil {
-			guest(mux)
-		}
+		guest(r, end)
 	}()
 	return session(t, host, false)
 }
@@ -136,5 +145,77 @@ func TestCloseEndsRead(t *testing.T) {
 	guest := <-accepted
 	if _, err := guest.Write(make([]byte, 4*window)); err != nil {
 		t.Errorf("the guest's write: %v", err)
+	}
+}
+
+// TestGuestBegins: a guest that pings the host, or opens a stream to it, has no session any more.
+func TestGuestBegins(t *testing.T) {
+	for name, begin := range map[string]func(mux *yamux.Session) error{
+		"ping": func(*yamux.Session) error { return nil },
+		"stream": func(mux *yamux.Session) error {
+			_, err := mux.OpenStream()
+			return err
+		},
+	} {
+		answered := make(chan struct{})
+		s := hostile(t, func(mux *yamux.Session) {
+			if begin(mux) != nil {
+				return
+			}
+			if _, err := mux.Ping(); err == nil {
+				close(answered)
+			}
+		})
+		select {
+		case <-s.Done():
+		case <-answered:
+			t.Errorf("%s: the host answers", name)
+		case <-limit(t).Done():
+			t.Errorf("%s: the session goes on", name)
+		}
+	}
+}
+
+// TestGuestAnswers: what the host begins, a guest may answer.
+func TestGuestAnswers(t *testing.T) {
+	p := newPort()
+	echo(t, p)
+	s := session(t, p.connect(t), false)
+	if _, err := s.mux.Ping(); err != nil {
+		t.Error(err)
+	}
+	exchange(t, s, 1000)
+}
+
+// TestNothingRead shows that streams to a guest which does not read its port any more can be closed, and that
+// this ends who waits for them.
+func TestNothingRead(t *testing.T) {
+	s := hostilePort(t, func(r io.Reader, port net.Conn) {
+		io.ReadFull(r, make([]byte, 2*frameHead+4)) // the stream's beginning, and its port
+		port.Write([]byte{0, frameData, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 'x'})
+	})
+	c, err := s.Open(limit(t), testPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	ended, closed := make(chan struct{}), make(chan struct{})
+	go c.Write(make([]byte, 1))
+	go func() {
+		c.Read(make([]byte, 1))
+		close(ended)
+	}()
+	go func() {
+		c.Close()
+		close(closed)
+	}()
+	for what, done := range map[string]chan struct{}{"the reader waits": ended, "Close waits": closed} {
+		select {
+		case <-done:
+		case <-limit(t).Done():
+			t.Error(what)
+		}
 	}
 }

@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/yamux"
+
+	"github.com/caisson-vm/caisson/internal/framing"
 )
 
 const (
@@ -82,7 +84,7 @@ func Dial(ctx context.Context, conn net.Conn, again bool) (*Session, error) {
 		conn.Close()
 		return nil, fmt.Errorf("serial channel: %w", err)
 	}
-	mux, err := yamux.Client(buffered{r, conn}, config())
+	mux, err := yamux.Client(buffered{framing.NewReader(r, frameHead, answers), conn}, config())
 	if err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("serial channel: %w", err)
@@ -190,9 +192,31 @@ func skipTo(r io.ByteReader, word string) (int, error) {
 	return staleMax, errors.New("no preamble from the guest")
 }
 
+// A frame of yamux has a version, a type (1 byte each), flags (2), the number of its stream, and a length (4
+// each, all big endian), which is that of what follows in a frame of data only.
+// Source: const.go of yamux.
+const (
+	frameHead = 12
+	frameData = 0
+	flagBegin = 1 // a stream, or a ping
+)
+
+// answers refuses what a guest begins, which one that is honest leaves to the host: for each ping yamux has a
+// goroutine that answers it once the guest reads, and it keeps the streams that nobody accepts, with what
+// came on them.
+func answers(head []byte) (body uint32, err error) {
+	if binary.BigEndian.Uint16(head[2:])&flagBegin != 0 {
+		return 0, errors.New("the guest begins streams or pings")
+	}
+	if head[1] != frameData {
+		return 0, nil
+	}
+	return binary.BigEndian.Uint32(head[8:]), nil
+}
+
 // buffered is a connection whose first bytes were read ahead.
 type buffered struct {
-	r *bufio.Reader
+	r io.Reader
 	net.Conn
 }
 
@@ -277,16 +301,14 @@ func (s *stream) Read(b []byte) (int, error) {
 // CloseWrite ends the writing: the peer reads an end of file.
 func (s *stream) CloseWrite() error { return s.Stream.Close() }
 
-// Close ends both directions. What the peer still sends is taken in and dropped, so that it neither waits
-// for a window that nobody opens nor fills a memory that nobody empties.
+// Close ends both directions, and waits for neither: a peer that reads nothing is told later. What it still
+// sends is taken in and dropped, so that it neither waits for a window that nobody opens nor fills a memory
+// that nobody empties.
 func (s *stream) Close() error {
 	if s.closed.Swap(true) {
 		return nil
 	}
-	if s.accepted() {
-		s.Stream.Close()
-	}
-	s.SetReadDeadline(time.Now())
+	s.SetDeadline(time.Now()) // of who reads, or waits for a window to write
 	if s.session != nil && s.session.closing.Add(1) > closingMax {
 		s.session.Close()
 	}
@@ -305,10 +327,14 @@ func (s *stream) drain() {
 	if s.session != nil {
 		defer s.session.closing.Add(-1)
 	}
+	accepted := s.accepted()
+	if accepted {
+		s.Stream.Close()
+	}
 	s.reading.Lock() // a Read that waited has returned, and none waits from now on
 	s.SetReadDeadline(time.Now().Add(hearLimit))
 	s.reading.Unlock()
-	if !s.accepted() {
+	if !accepted {
 		// yamux does not accept a stream that was ended before, and would count it as one to be accepted
 		// for ever.
 		s.Stream.Read(make([]byte, 1))

@@ -6,7 +6,6 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
@@ -61,11 +60,7 @@ func (c *Client) connect(ctx context.Context) (*ttrpc.Client, error) {
 	if t, err := c.current(); t != nil || err != nil {
 		return t, err
 	}
-	t, err := c.dialRPC(ctx, c.drop)
-	if err != nil {
-		return nil, err
-	}
-	return t, c.keep(t)
+	return c.dialCalls(ctx)
 }
 
 func (c *Client) current() (*ttrpc.Client, error) {
@@ -97,20 +92,17 @@ func (c *Client) drop(t *ttrpc.Client) {
 	}
 }
 
-// dialRPC opens a stream for RPCs; broken, if not nil, is called when it ends.
-func (c *Client) dialRPC(ctx context.Context, broken func(*ttrpc.Client)) (*ttrpc.Client, error) {
-	conn, err := c.open(ctx, Header{Kind: KindRPC})
+// dialCalls opens the stream for calls, and keeps its client until it breaks.
+func (c *Client) dialCalls(ctx context.Context) (*ttrpc.Client, error) {
+	stream, err := c.open(ctx, Header{Kind: KindRPC})
 	if err != nil {
 		return nil, err
 	}
-	made := make(chan *ttrpc.Client, 1)
-	t := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(c.intercept), ttrpc.WithOnClose(func() {
-		if broken != nil {
-			broken(<-made)
-		}
-	}))
-	made <- t
-	return t, nil
+	conn, kept := newCallConn(stream), make(chan *ttrpc.Client, 1)
+	t := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(c.intercept(conn)), ttrpc.WithOnClose(func() { c.drop(<-kept) }))
+	err = c.keep(t)
+	kept <- t // it may have broken already
+	return t, err
 }
 
 // Close ends the RPCs' stream. Other streams go on until they are closed themselves.
@@ -149,19 +141,28 @@ func (c *Client) dial(ctx context.Context, h Header) (net.Conn, error) {
 }
 
 // Handshake sends a stream's header and awaits the agent's reply, until ctx ends. The error is the guest's,
-// if it refuses, or ErrUnavailable where the stream broke.
+// if it refuses, or ErrUnavailable where the stream broke; after any of them the caller closes the stream,
+// on which what a guest does not read may still wait to be written.
 func Handshake(ctx context.Context, conn net.Conn, h Header) (Reply, error) {
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	var r Reply
-	err := WriteMessage(conn, h)
-	if err == nil {
-		err = ReadMessage(conn, &r)
+	type result struct {
+		reply Reply
+		err   error
 	}
-	if !stop() {
-		return r, context.Cause(ctx)
+	done := make(chan result, 1)
+	go func() {
+		var r result
+		if r.err = WriteMessage(conn, h); r.err == nil {
+			r.err = ReadMessage(conn, &r.reply)
+		}
+		done <- r
+	}()
+	select {
+	case r := <-done:
+		if r.err != nil {
+			return r.reply, fmt.Errorf("open a stream to the agent: %w: %w", r.err, errdefs.ErrUnavailable)
+		}
+		return r.reply, r.reply.Err()
+	case <-ctx.Done():
+		return Reply{}, context.Cause(ctx)
 	}
-	if err != nil {
-		return r, fmt.Errorf("open a stream to the agent: %w: %w", err, errdefs.ErrUnavailable)
-	}
-	return r, r.Err()
 }

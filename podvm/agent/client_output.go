@@ -41,6 +41,9 @@ func (c *Client) Output(ctx context.Context, container string, offset uint64) (*
 // the container has ended and all its output was given, and ErrUnavailable when the stream broke.
 func (o *Output) Next() (Record, error) {
 	t, body, err := o.r.Read()
+	if err == io.EOF { // an empty frame tells the end of the output; this is that of the stream
+		err = io.ErrUnexpectedEOF
+	}
 	if err != nil {
 		return Record{}, fmt.Errorf("the stream of output broke: %w: %w", err, errdefs.ErrUnavailable)
 	}

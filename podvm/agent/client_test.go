@@ -123,7 +123,7 @@ func TestHostileFrames(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := o.Next(); err == nil || err == io.EOF {
+		if _, err := o.Next(); err == nil || errors.Is(err, io.EOF) {
 			t.Errorf("%s: output took it: %v", name, err)
 		}
 		o.Close()

@@ -8,6 +8,14 @@ const (
 	FilesSize = 64 << 20
 )
 
+// What the end of a container brings of files that it wrote: so many bytes of one file, of all of them, and so
+// many files. Together they fit in a message of ttrpc's.
+const (
+	WrittenMax   = 1 << 20
+	WrittenAll   = 3 << 20
+	WrittenFiles = 1024
+)
+
 // PieceSize is how many bytes of files travel in one message, unless one file alone has more: a
 // message of ttrpc's takes 4 MiB.
 const PieceSize = 1 << 20

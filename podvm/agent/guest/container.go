@@ -149,8 +149,12 @@ func (c *container) follow() {
 // written reads the files that go back to the host.
 func (c *container) written() []*agent.WrittenFile {
 	var files []*agent.WrittenFile
-	room := writtenAll
+	room := agent.WrittenAll
 	for _, name := range c.writeback {
+		if len(files) == agent.WrittenFiles {
+			slog.Warn("the container wrote more files than an end brings back", "container", c.id, "most", agent.WrittenFiles)
+			break
+		}
 		file, err := c.a.files.written(name, room)
 		if err != nil {
 			slog.Warn("read a file that the container wrote", "container", c.id, "file", name, "err", err)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"testing"
 
@@ -366,5 +367,36 @@ func TestOutputResumes(t *testing.T) {
 			}
 		}
 		o.Close()
+	}
+}
+
+// TestWrittenFits: the end of a container brings no more of what it wrote than the host takes.
+func TestWrittenFits(t *testing.T) {
+	c := &container{a: &Agent{files: newFileSets(t.TempDir())}}
+	for i := range agent.WrittenFiles + 10 {
+		name := fmt.Sprint(i)
+		path, err := c.a.files.put(t.Context(), &agent.Files{Name: name, Single: true, Files: []*agent.File{{Mode: 0o600}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		content := make([]byte, 1)
+		if i < 4 {
+			content = make([]byte, agent.WrittenMax)
+		}
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c.writeback = append(c.writeback, name)
+	}
+	size, files := 0, c.written()
+	for _, f := range files {
+		size += len(f.Content)
+	}
+	if len(files) > agent.WrittenFiles || size != agent.WrittenAll {
+		t.Errorf("%d files of %d bytes", len(files), size)
+	}
+	c.writeback = c.writeback[4:]
+	if n := len(c.written()); n != agent.WrittenFiles {
+		t.Errorf("%d small files", n)
 	}
 }

@@ -140,13 +140,6 @@ func digest(content []byte) []byte {
 	return sum[:]
 }
 
-// writtenMax bounds a file that is sent back at exit, in bytes, and writtenAll all that one exit sends:
-// a message of the host's channel takes 4 MiB.
-const (
-	writtenMax = 1 << 20
-	writtenAll = 3 << 20
-)
-
 // read returns the content of a single file. If it is longer than what can be sent back, it is cut, to
 // one byte more than that.
 func (s *fileSet) read() ([]byte, error) {
@@ -155,7 +148,7 @@ func (s *fileSet) read() ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, writtenMax+1))
+	return io.ReadAll(io.LimitReader(f, agent.WrittenMax+1))
 }
 
 // written returns what containers made of a single file; nil if it is as the host has it. There is
@@ -172,9 +165,9 @@ func (f *fileSets) written(name string, room int) (*agent.WrittenFile, error) {
 		return nil, err
 	}
 	if len(content) > room {
-		return nil, fmt.Errorf("an end takes %d bytes of all files", writtenAll)
+		return nil, fmt.Errorf("an end takes %d bytes of all files", agent.WrittenAll)
 	}
-	if len(content) <= writtenMax { // else the host keeps its own
+	if len(content) <= agent.WrittenMax { // else the host keeps its own
 		s.synced = digest(content)
 		f.mu.Lock()
 		f.sets[name] = s

@@ -199,7 +199,7 @@ func TestWriteback(t *testing.T) {
 	if got := run("empties", ": >/hosts", "three\n", ""); len(got) != 1 || len(got[0].Content) != 0 {
 		t.Errorf("an emptied file: %v", got)
 	}
-	if got := run("grows", "dd if=/dev/zero of=/hosts bs=1M count=2 2>/dev/null", "", ""); len(got) != 1 || len(got[0].Content) != writtenMax+1 {
+	if got := run("grows", "dd if=/dev/zero of=/hosts bs=1M count=2 2>/dev/null", "", ""); len(got) != 1 || len(got[0].Content) != agent.WrittenMax+1 {
 		t.Errorf("a file that grew too long is not told: %d files", len(got))
 	}
 }
