@@ -3,7 +3,6 @@ package e2e
 import (
 	"archive/tar"
 	"fmt"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -33,7 +32,7 @@ func testImages(t *testing.T, d *harness.Daemon) {
 	if err != nil || len(fs.ImageFilesystems) == 0 || fs.ImageFilesystems[0].UsedBytes.Value == 0 {
 		t.Errorf("got %v, %v", fs, err)
 	}
-	if len(fs.ContainerFilesystems) == 0 || filepath.Base(fs.ContainerFilesystems[0].FsId.Mountpoint) != "pods" { // not what else the daemon keeps
+	if len(fs.ContainerFilesystems) != 1 || fs.ContainerFilesystems[0].FsId.Mountpoint != fs.ImageFilesystems[0].FsId.Mountpoint {
 		t.Errorf("containers: %v", fs.ContainerFilesystems)
 	}
 	auth := &runtimeapi.AuthConfig{Username: harness.User, Password: harness.Password}

@@ -112,7 +112,8 @@ func (s *imageService) RemoveImage(ctx context.Context, r *cri.RemoveImageReques
 	return &cri.RemoveImageResponse{}, ignoreNotFound(s.o.Images.Remove(ctx, ref))
 }
 
-// ImageFsInfo tells what images, and pods' own files, take on their file systems.
+// ImageFsInfo tells what images, and pods' own files, take on their file system. It is one, and there are kubelets
+// that take two names for two.
 func (s *imageService) ImageFsInfo(context.Context, *cri.ImageFsInfoRequest) (*cri.ImageFsInfoResponse, error) {
 	images, err := s.o.Images.Usage()
 	if err != nil {
@@ -124,7 +125,7 @@ func (s *imageService) ImageFsInfo(context.Context, *cri.ImageFsInfoRequest) (*c
 	}
 	return &cri.ImageFsInfoResponse{
 		ImageFilesystems:     []*cri.FilesystemUsage{filesystem(images.Path, images.Bytes+removed.bytes, images.Inodes+removed.inodes)},
-		ContainerFilesystems: []*cri.FilesystemUsage{filesystem(s.o.Root, own.bytes, own.inodes)},
+		ContainerFilesystems: []*cri.FilesystemUsage{filesystem(images.Path, own.bytes, own.inodes)},
 	}, nil
 }
 
