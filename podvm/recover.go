@@ -24,7 +24,7 @@ import (
 // After a restart this many pods are attached to at once, each within the limit.
 const (
 	attachAtOnce = 32
-	attachLimit  = time.Minute
+	attachLimit  = 20 * time.Second
 )
 
 // Recover finds what former daemons left: it attaches to VMs that run, learns what happened
@@ -40,8 +40,6 @@ func (m *Manager) Recover(ctx context.Context) error {
 	group.SetLimit(attachAtOnce)
 	for _, e := range entries {
 		group.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, m.attach)
-			defer cancel()
 			if err := m.recoverPod(ctx, e.Name()); err != nil {
 				return fmt.Errorf("recover pod %s: %w", e.Name(), err)
 			}
@@ -92,8 +90,10 @@ func (m *Manager) recoverPod(ctx context.Context, id string) error {
 	case r.Stage != ready: // whoever let it fall may have died before its VM did
 		p.bury()
 	default:
-		err := p.reattach(ctx)
-		if err != nil && !errors.Is(err, vmm.ErrGone) && (isNodes(err) || errors.Is(ctx.Err(), context.Canceled)) {
+		limited, cancel := context.WithTimeout(ctx, m.attach)
+		defer cancel()
+		err := p.reattach(limited)
+		if err != nil && !errors.Is(err, vmm.ErrGone) && (isNodes(err) || ctx.Err() != nil) {
 			return err
 		}
 		if err != nil {
@@ -137,11 +137,13 @@ func (m *Manager) undoPod(ctx context.Context, id string, r podRecord) error {
 		r = podRecord{ID: id, Driver: m.o.Driver.Name(), VM: m.vmConfig(id)}
 	}
 	p := m.podOf(r)
-	err := p.erase(ctx)
+	limited, cancel := context.WithTimeout(ctx, eraseLimit)
+	defer cancel()
+	err := p.erase(limited)
 	switch {
 	case err == nil:
 		slog.Info("half-made pod taken back", "pod", id)
-	case errors.Is(ctx.Err(), context.Canceled):
+	case ctx.Err() != nil:
 		return err
 	default:
 		p.unfinished(errors.Join(errors.New("a daemon ended while the pod started"), err))
