@@ -130,6 +130,16 @@ type start struct {
 	giveUp   func()
 }
 
+// givenUp tells whether nobody wanted it any more at some time.
+func (s *start) givenUp() bool {
+	select {
+	case <-s.unwanted:
+		return true
+	default:
+		return false
+	}
+}
+
 // Limits of operations that are the daemon's own: they go on when the caller gives up, and a retry
 // joins them.
 const (
@@ -271,6 +281,9 @@ func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
 	case <-s.done:
 	case <-ctx.Done():
 		return nil, fmt.Errorf("start of pod %s/%s %s: %w", c.Namespace, c.Name, m.leave(ctx, s), ctx.Err())
+	}
+	if s.err != nil && !first && s.givenUp() {
+		return m.Run(ctx, c) // by those who called before
 	}
 	if s.err != nil {
 		return nil, s.err

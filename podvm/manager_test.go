@@ -269,6 +269,38 @@ func TestRunCancelled(t *testing.T) {
 	}
 }
 
+// TestRunAfterCancelled: who asks for a pod while a start of it is taken back, that others have given up, gets
+// another one.
+func TestRunAfterCancelled(t *testing.T) {
+	n := newNode(t)
+	at, proceed := make(chan struct{}), make(chan struct{})
+	n.network.mu.Lock()
+	n.network.hook = sync.OnceFunc(func() { close(at); <-proceed })
+	n.network.mu.Unlock()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended, joined := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := n.Run(ctx, podConfig("web"))
+		ended <- err
+	}()
+	<-at
+	cancel()
+	<-ended
+	go func() {
+		_, err := n.Run(soon(t), podConfig("web"))
+		joined <- err
+	}()
+	n.until("the second call waits", func() bool {
+		n.Manager.mu.Lock()
+		defer n.Manager.mu.Unlock()
+		return n.names[nameOf(podConfig("web"))].waiting == 1
+	})
+	close(proceed)
+	if err := <-joined; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestRunRefusesNodePods(t *testing.T) {
 	n := newNode(t)
 	for _, c := range []PodConfig{{HostNetwork: true}, {HostPID: true}, {HostIPC: true}} {

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -62,7 +63,7 @@ func (n *newContainer) mount(ctx context.Context, m Mount) (*agent.Mount, error)
 	if !filepath.IsAbs(m.HostPath) {
 		return nil, fmt.Errorf("host path %q: want an absolute path: %w", m.HostPath, errdefs.ErrInvalidArgument)
 	}
-	path, info, err := n.m.hostPath(ctx, m.HostPath)
+	path, info, err := n.hostPathSoon(ctx, m.HostPath)
 	if err != nil {
 		return nil, fmt.Errorf("host path: %w", err)
 	}
@@ -115,6 +116,16 @@ func mountOptions(m Mount) []string {
 		options = append(options, "ro")
 	}
 	return options
+}
+
+// hostLimit is how long the node's file systems may take to find, and to show, a path: the pod can't be stopped
+// meanwhile.
+const hostLimit = 30 * time.Second
+
+func (n *newContainer) hostPathSoon(ctx context.Context, path string) (string, fs.FileInfo, error) {
+	ctx, cancel := context.WithTimeout(ctx, hostLimit)
+	defer cancel()
+	return n.m.hostPath(ctx, path)
 }
 
 // hostFile is a path of the host without symbolic links, and what is there.
@@ -235,6 +246,8 @@ func (n *newContainer) share(ctx context.Context, to *agent.Mount, path string, 
 
 // serve begins to serve a directory to the guest.
 func (p *Pod) serve(ctx context.Context, d share.Dir) error {
+	ctx, cancel := context.WithTimeout(ctx, hostLimit)
+	defer cancel()
 	if err := p.m.o.Shares.Share(ctx, p.sharing(), d); err != nil {
 		return fmt.Errorf("host directory %s: %w", d.Path, err)
 	}

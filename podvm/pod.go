@@ -312,7 +312,7 @@ func (p *Pod) Update(ctx context.Context, overhead, resources *Resources) error 
 		config.Overhead = overhead
 	}
 	if resources != nil {
-		config.Resources = resources
+		config.Resources = p.withoutRoom(*resources)
 	}
 	containers := p.limits("")
 	err := p.allow(p.sizeFor(p.record.now().Config, containers), p.sizeFor(config, containers))

@@ -210,12 +210,24 @@ func (p *Pod) reattach(ctx context.Context) error {
 		p.tasks.start(func(ctx context.Context) {
 			select {
 			case unknown := <-listed:
-				p.found(ctx, unknown)
+				p.foundLate(ctx, unknown)
 			case <-ctx.Done():
 			}
 		})
 	}
 	return nil
+}
+
+// foundLate is found, when the kubelet may be making containers: one that is being made has no record yet.
+func (p *Pod) foundLate(ctx context.Context, unknown []string) {
+	limited, cancel := context.WithTimeout(ctx, p.m.attach)
+	defer cancel()
+	if err := p.change.lock(limited); err != nil { // what is half-made then is left to the next daemon
+		unknown = nil
+	} else {
+		defer p.change.unlock()
+	}
+	p.found(limited, unknown)
 }
 
 // found goes on with a pod whose agent has told of its containers.

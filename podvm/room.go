@@ -19,18 +19,13 @@ func vmmMemory(guest int64) int64 { return 32<<20 + guest/128 }
 // to their limits: without room the node would end the VM where one container has reached its own. A limit below
 // the kubelet's is somebody's who means it.
 func (p *Pod) makeRoom(c PodConfig) {
-	group := p.record.now().VM.Cgroup
-	if group == "" || c.Resources == nil || c.Resources.Memory <= 0 {
+	want, group := p.room(c), p.record.now().VM.Cgroup
+	if group == "" || want == 0 {
 		return
 	}
-	kubelets, guest := c.Resources.Memory, c.Resources.Memory+c.guestMemory()
-	if c.Overhead != nil {
-		kubelets += max(c.Overhead.Memory, 0)
-	}
 	file := filepath.Join(filepath.Dir(group), "memory.max")
-	want := guest + vmmMemory(guest)
 	now, err := readLimit(file)
-	if err == nil && (now < kubelets-int64(os.Getpagesize()) || now >= want) { // limits are whole pages
+	if err == nil && (now < c.memoryMax()-pageSize || now >= want) { // limits are whole pages
 		return
 	}
 	if err == nil {
@@ -39,6 +34,36 @@ func (p *Pod) makeRoom(c PodConfig) {
 	if err != nil {
 		slog.Warn("no room for the VM in the pod's cgroup", "pod", p.id, "err", err)
 	}
+}
+
+var pageSize = int64(os.Getpagesize())
+
+// room is how much memory the pod's cgroup is to have room for, in whole pages; 0 where it has no limit. A VM is
+// as large as it was started with at least, and its guest keeps what it has read in all of that.
+func (p *Pod) room(c PodConfig) int64 {
+	if c.Resources == nil || c.Resources.Memory <= 0 {
+		return 0
+	}
+	guest := max(c.Resources.Memory+c.guestMemory(), p.record.now().VM.Size.Memory)
+	return (guest + vmmMemory(guest) + pageSize - 1) / pageSize * pageSize
+}
+
+// memoryMax is the kubelet's limit for the pod's cgroup.
+func (c PodConfig) memoryMax() int64 {
+	if c.Overhead != nil {
+		return c.Resources.Memory + max(c.Overhead.Memory, 0)
+	}
+	return c.Resources.Memory
+}
+
+// withoutRoom are resources of the pod as the kubelet means them: it reads the limit that it does not change back
+// from the cgroup, where makeRoom has raised it, and takes the overhead off.
+func (p *Pod) withoutRoom(r Resources) *Resources {
+	old := p.record.now().Config
+	if room := p.room(old); room > 0 && r.Memory == room-(old.memoryMax()-old.Resources.Memory) {
+		r.Memory = old.Resources.Memory
+	}
+	return &r
 }
 
 // memoryCapped tells whether the cgroup that a pod's VMM is below has a limit of memory. The kubelet sets one

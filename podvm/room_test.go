@@ -34,7 +34,8 @@ func TestMakeRoom(t *testing.T) {
 	}{
 		"the kubelet's":                       {256 * mib, 0, fmt.Sprintln(256 * mib), fmt.Sprint(256*mib + 64*mib + 32*mib + 320*mib/128)},
 		"with the overhead of a RuntimeClass": {256 * mib, 128 * mib, fmt.Sprintln(384 * mib), fmt.Sprint(256*mib + 128*mib + 32*mib + 384*mib/128)},
-		"no whole pages":                      {256*mib + 1, 0, fmt.Sprintln(256 * mib), fmt.Sprint(256*mib + 1 + 64*mib + 32*mib + (320*mib+1)/128)},
+		"less than the VM has at least":       {64 * mib, 0, fmt.Sprintln(64 * mib), fmt.Sprint(256*mib + 32*mib + 2*mib)},
+		"no whole pages":                      {256*mib + 1, 0, fmt.Sprintln(256 * mib), fmt.Sprint(256*mib + 64*mib + 32*mib + 320*mib/128 + 4096)},
 		"somebody's, who wants less":          {256 * mib, 0, fmt.Sprintln(200 * mib), fmt.Sprintln(200 * mib)},
 		"somebody's, who allows more":         {256 * mib, 0, fmt.Sprintln(2048 * mib), fmt.Sprintln(2048 * mib)},
 		"none":                                {256 * mib, 0, "max\n", "max\n"},
@@ -46,6 +47,39 @@ func TestMakeRoom(t *testing.T) {
 		p.makeRoom(config)
 		if got, err := os.ReadFile(filepath.Join(dir, "memory.max")); err != nil || string(got) != c.want {
 			t.Errorf("%s: %q, %v; want %q", name, got, err, c.want)
+		}
+	}
+}
+
+// TestUpdateAfterRoom: where the kubelet changes nothing but CPUs, it says of memory what makeRoom has made of it.
+func TestUpdateAfterRoom(t *testing.T) {
+	const mib = 1 << 20
+	for _, overhead := range []int64{0, 128 * mib} {
+		n := newNode(t)
+		config := podConfig("web")
+		config.Resources, config.Overhead = &Resources{Memory: 256 * mib}, &Resources{Memory: overhead}
+		p := n.pod(config)
+		dir := n.inCgroup(p, map[string]string{"memory.max": fmt.Sprintln(256*mib + overhead)})
+		p.makeRoom(config)
+		var sizes []int64
+		for range 3 {
+			max, err := readLimit(filepath.Join(dir, "memory.max"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := p.Update(soon(t), nil, &Resources{Memory: max - overhead, CPUQuota: 200000, CPUPeriod: 100000}); err != nil {
+				t.Fatal(err)
+			}
+			sizes = append(sizes, max, p.machine().Info().Size.Memory)
+		}
+		if got := p.record.now().Config.Resources; got.Memory != 256*mib || got.CPUQuota != 200000 {
+			t.Errorf("the pod's resources are %+v", got)
+		}
+		if sizes[0] != sizes[4] || sizes[1] != sizes[5] {
+			t.Errorf("its cgroup and its VM grow: %v", sizes)
+		}
+		if err := p.Update(soon(t), nil, &Resources{Memory: 512 * mib}); err != nil || p.record.now().Config.Resources.Memory != 512*mib {
+			t.Errorf("more memory: %+v, %v", p.record.now().Config.Resources, err)
 		}
 	}
 }

@@ -242,8 +242,11 @@ func open(pid int) (*Process, error) {
 // the last parenthesis.
 func startTime(pid int) (uint64, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, fmt.Errorf("process %d: %w", pid, fs.ErrNotExist)
+	if errors.Is(err, unix.ESRCH) {
+		err = fs.ErrNotExist
+	}
+	if err != nil { // not always that there is none: the daemon may be out of descriptors
+		return 0, fmt.Errorf("process %d: %w", pid, err)
 	}
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 	if len(fields) < 20 {
