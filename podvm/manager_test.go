@@ -223,6 +223,16 @@ func TestRunJoined(t *testing.T) {
 	}
 }
 
+// untilWaiting waits until so many calls wait for the start of a pod.
+func (n *node) untilWaiting(c PodConfig, calls int) {
+	n.t.Helper()
+	n.until("the second call waits", func() bool {
+		n.Manager.mu.Lock()
+		defer n.Manager.mu.Unlock()
+		return n.names[nameOf(c)].waiting == calls
+	})
+}
+
 // TestRunCancelled: a start that all its callers have cancelled is given up, and nothing is left of it; with one
 // that waits it goes on.
 func TestRunCancelled(t *testing.T) {
@@ -242,11 +252,7 @@ func TestRunCancelled(t *testing.T) {
 				_, err := n.Run(soon(t), podConfig("web"))
 				joined <- err
 			}()
-			n.until("the second call waits", func() bool {
-				n.Manager.mu.Lock()
-				defer n.Manager.mu.Unlock()
-				return n.names[nameOf(podConfig("web"))].waiting == 2
-			})
+			n.untilWaiting(podConfig("web"), 2)
 		}
 		cancel()
 		if err := <-ended; !errors.Is(err, context.Canceled) {
@@ -290,11 +296,7 @@ func TestRunAfterCancelled(t *testing.T) {
 		_, err := n.Run(soon(t), podConfig("web"))
 		joined <- err
 	}()
-	n.until("the second call waits", func() bool {
-		n.Manager.mu.Lock()
-		defer n.Manager.mu.Unlock()
-		return n.names[nameOf(podConfig("web"))].waiting == 1
-	})
+	n.untilWaiting(podConfig("web"), 1)
 	close(proceed)
 	if err := <-joined; err != nil {
 		t.Error(err)
