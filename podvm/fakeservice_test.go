@@ -13,7 +13,10 @@ func (a *fakeAgent) Prepare(context.Context, *agent.PrepareRequest) (*agent.Empt
 	return &agent.Empty{}, a.call("Prepare")
 }
 
-func (a *fakeAgent) Rehearse(context.Context, *agent.CreateRequest) (*agent.Empty, error) {
+func (a *fakeAgent) Rehearse(_ context.Context, req *agent.RehearseRequest) (*agent.Empty, error) {
+	if req.Stay {
+		return &agent.Empty{}, a.call("Rehearse to stay")
+	}
 	return &agent.Empty{}, a.call("Rehearse")
 }
 

@@ -17,7 +17,8 @@ import (
 // has rehearsed a container, so that most of what it will need of its template's memory it has. Which
 // pod it becomes is not known before. A start that finds none makes its own clone.
 //
-// The first of them, which are made also where none are kept, teach the node's template what its clones write.
+// Before them come clones that nobody gets, which teach the node's template what its clones write. They are made
+// also where none are kept.
 //
 // Until then it is a pod that is being started: a daemon that dies leaves it to Recover.
 type pool struct {
@@ -164,13 +165,9 @@ func (p *pool) untaught() bool {
 	return err == nil && !l.Learned(template)
 }
 
-// teach has a clone that has rehearsed a container teach its template.
+// teach has a clone with a container teach its template.
 func (p *pool) teach(b *birth) {
-	l := p.learner()
-	if l == nil || p.lessons >= lessonsMax || l.Learned(b.config.Template) {
-		return
-	}
-	if err := l.Learn(b.machine()); err != nil {
+	if err := p.learner().Learn(b.machine()); err != nil {
 		p.lessons++
 		slog.Warn("the template does not learn what its clones write: they start more slowly", "attempt", p.lessons, "of", lessonsMax, "err", err)
 		return
@@ -180,18 +177,22 @@ func (p *pool) teach(b *birth) {
 
 // fill makes what is missing.
 func (p *pool) fill() {
-	for p.count() < p.size || p.untaught() {
+	for {
+		lesson := p.untaught()
+		if !lesson && p.count() >= p.size {
+			return
+		}
 		for wait := p.quiet - p.idle(); wait > 0; wait = p.quiet - p.idle() {
 			if !p.sleep(wait) {
 				return
 			}
 		}
-		b, err := p.warm()
+		b, err := p.warm(lesson)
 		if err != nil {
 			if p.ctx.Err() != nil {
 				return
 			}
-			if p.size == 0 {
+			if lesson {
 				p.lessons++
 			}
 			slog.Warn("no clone can be made ahead: the next attempt is in "+poolRetry.String(), "err", err)
@@ -200,12 +201,13 @@ func (p *pool) fill() {
 			}
 			continue
 		}
-		p.teach(b)
-		if p.count() < p.size {
-			p.keep(b)
-		} else {
+		if lesson {
+			p.teach(b)
 			p.putAway(b)
+			continue
 		}
+		slog.Info("a clone is warm", "pod", b.id, "ms", time.Since(b.began).Milliseconds())
+		p.keep(b)
 	}
 }
 
@@ -259,21 +261,20 @@ func (p *pool) drop(b *birth) bool {
 	return false
 }
 
-// warm makes one. What fails is undone.
-func (p *pool) warm() (*birth, error) {
+// warm makes one, with a container in it where it is for a lesson. What fails is undone.
+func (p *pool) warm(lesson bool) (*birth, error) {
 	ctx, cancel := context.WithTimeout(p.ctx, startLimit)
 	defer cancel()
 	m := p.m
 	b := newBirth(m.newPod(newID(), PodConfig{}, m.o.Driver))
-	if err := b.warmUp(ctx); err != nil {
+	if err := b.warmUp(ctx, lesson); err != nil {
 		return nil, errors.Join(b.explain(err), b.discard())
 	}
 	b.warm = true
-	slog.Info("a clone is warm", "pod", b.id, "ms", time.Since(b.began).Milliseconds())
 	return b, nil
 }
 
-func (b *birth) warmUp(ctx context.Context) error {
+func (b *birth) warmUp(ctx context.Context, lesson bool) error {
 	if err := b.makeFolders(); err != nil {
 		return err
 	}
@@ -290,7 +291,7 @@ func (b *birth) warmUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return rehearse(ctx, rpc)
+	return rehearse(ctx, rpc, lesson)
 }
 
 // discard takes back a VM that was to be a pod's. What can't be taken back now is at the next start.

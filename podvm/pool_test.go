@@ -231,8 +231,8 @@ func (l *learner) Learned(template string) bool {
 	return l.knows[template] >= taught
 }
 
-// TestTeach: clones that have rehearsed a container teach the template, as many as it takes, and are taken back
-// where none is kept warm. A template that does not learn is given up soon.
+// TestTeach: clones with a container teach the template, as many as it takes, and are taken back: no pod gets
+// one. A template that does not learn is given up soon.
 func TestTeach(t *testing.T) {
 	for _, warm := range []int{0, 1} {
 		for _, fails := range []bool{false, true} {
@@ -243,6 +243,7 @@ func TestTeach(t *testing.T) {
 				n.restart(nil)
 				n.until("the template is taught", func() bool { return l.Learned(template.dir) || fails && l.asked.Load() > 0 })
 				n.until("a clone is kept, the others are taken back", func() bool { return n.WarmClones() == warm && len(n.driver.VMs()) == warm })
+				n.until("nothing is in the way of the next one", func() bool { return l.Learned(template.dir) || l.asked.Load() == lessonsMax })
 				n.pod(podConfig("a")).Stop(t.Context())
 				n.until("as many are warm as before", func() bool { return n.WarmClones() == warm })
 				n.pod(podConfig("b"))
@@ -251,6 +252,12 @@ func TestTeach(t *testing.T) {
 				}
 				if asked := l.asked.Load(); asked != taught && !fails || asked > lessonsMax {
 					t.Errorf("%d clones were to teach it", asked)
+				}
+				for id := range n.agents {
+					a := n.agentOf(id)
+					if a.calls["Rehearse to stay"] > 0 && (a.setup != nil || a.calls["Rehearse"] > 0) {
+						t.Errorf("a clone that has taught the template was used for more: %v", a.calls)
+					}
 				}
 			})
 		}

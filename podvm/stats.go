@@ -15,7 +15,6 @@ type PodStats struct {
 	Pod        Cgroup
 	Containers []ContainerStats
 	Network    []NetStats
-	Volumes    []VolumeStats
 	// MemoryTotal and MemoryAvailable are the guest's.
 	MemoryTotal, MemoryAvailable uint64
 }
@@ -26,12 +25,6 @@ type ContainerStats struct {
 	Cgroup Cgroup
 	// LayerBytes and LayerInodes are those of its writable layer.
 	LayerBytes, LayerInodes uint64
-}
-
-// VolumeStats is what an emptyDir uses.
-type VolumeStats struct {
-	Name          string
-	Bytes, Inodes uint64
 }
 
 // NetStats counts what went through a network interface.
@@ -113,9 +106,6 @@ func podStats(r *agent.StatsResponse) PodStats {
 				TxBytes: n.TxBytes, TxPackets: n.TxPackets, TxErrors: n.TxErrors, TxDropped: n.TxDropped,
 			})
 		}
-	}
-	for _, v := range r.Volumes {
-		s.Volumes = append(s.Volumes, VolumeStats{v.Name, v.Bytes, v.Inodes})
 	}
 	return s
 }

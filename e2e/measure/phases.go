@@ -56,6 +56,26 @@ func (p *pod) containerPhases(ctx context.Context, count bool) error {
 	return err
 }
 
+// idlePhases keeps where the time of the start went of the i-th of n pods, if that is one of the first or of the
+// last ones: what makes the last ones slower is to be seen there.
+func (p *pod) idlePhases(ctx context.Context, i, n int) error {
+	var prefix string
+	switch {
+	case i < ends(n):
+		prefix = "idle, first: phase "
+	case i >= n-ends(n):
+		prefix = "idle, last: phase "
+	default:
+		return nil
+	}
+	status, err := p.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+	if err != nil {
+		return err
+	}
+	_, err = p.keep(prefix, status.Info)
+	return err
+}
+
 // keep adds the phases of a verbose status, of which other runtimes have none.
 func (p *pod) keep(prefix string, verbose map[string]string) ([]phase, error) {
 	var info struct {

@@ -101,9 +101,12 @@ func (r Report) ratio(fig Figure, runtime, name string) float64 {
 // lastToFirst compares how long the last of many pods took to start with the first. Single starts
 // scatter, so that it is the medians of up to five at each end.
 func lastToFirst(starts []float64) float64 {
-	n := min(5, (len(starts)+1)/2)
+	n := ends(len(starts))
 	return quantile(starts[len(starts)-n:], 0.5) / quantile(starts[:n], 0.5)
 }
+
+// ends is how many of n pods are the first ones, and how many the last ones.
+func ends(n int) int { return min(5, (n+1)/2) }
 
 // quantile is the smallest value that at least a share q of all does not exceed.
 func quantile(values []float64, q float64) float64 {

@@ -116,20 +116,25 @@ func (s *subject) density(ctx context.Context, n int) (err error) {
 	var pods []*pod
 	defer func() {
 		for _, p := range pods {
-			if p.id != "" {
-				err = errors.Join(err, p.remove(context.WithoutCancel(ctx), false))
-			}
+			err = errors.Join(err, p.remove(context.WithoutCancel(ctx), false))
 		}
 	}()
-	before := available()
+	before, unborn := available(), 0
 	for i := range n {
 		p := &pod{subject: s, config: s.podConfig()}
-		pods = append(pods, p)
 		start := time.Now()
 		if err := p.run(ctx, false); err != nil {
-			return fmt.Errorf("idle pod %d: %w", i+1, err)
+			s.losses = append(s.losses, fmt.Sprintf("idle pod %d: %v", i+1, err))
+			if unborn++; unborn > n/10 {
+				return fmt.Errorf("idle pod %d: %w", i+1, err)
+			}
+			continue
 		}
+		pods = append(pods, p)
 		s.add("idle: start", time.Since(start).Seconds())
+		if err := p.idlePhases(ctx, i, n); err != nil {
+			return err
+		}
 	}
 	left, pss, largest, err := weighAll(pods)
 	if err != nil {
@@ -151,9 +156,9 @@ func (s *subject) density(ctx context.Context, n int) (err error) {
 		return err
 	}
 	s.samples["idle: pods lost"] = []float64{float64(n - len(left))}
-	for i, p := range pods {
+	for _, p := range pods {
 		if !slices.Contains(left, p) {
-			s.losses = append(s.losses, fmt.Sprintf("idle pod %d: %s", i+1, p.end(ctx)))
+			s.losses = append(s.losses, fmt.Sprintf("idle pod %s: %s", p.id, p.end(ctx)))
 		}
 	}
 	s.samples["idle: pss with a container"] = []float64{pss}

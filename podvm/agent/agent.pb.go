@@ -665,6 +665,58 @@ func (x *Neighbour) GetMac() string {
 	return ""
 }
 
+type RehearseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Spec          []byte                 `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`  // as in CreateRequest; its command does not count
+	Stay          bool                   `protobuf:"varint,2,opt,name=stay,proto3" json:"stay,omitempty"` // the container is started and left: the guest is as a pod that has one, and is not used for more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RehearseRequest) Reset() {
+	*x = RehearseRequest{}
+	mi := &file_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RehearseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RehearseRequest) ProtoMessage() {}
+
+func (x *RehearseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RehearseRequest.ProtoReflect.Descriptor instead.
+func (*RehearseRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RehearseRequest) GetSpec() []byte {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+func (x *RehearseRequest) GetStay() bool {
+	if x != nil {
+		return x.Stay
+	}
+	return false
+}
+
 type CreateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -683,7 +735,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +747,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +760,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -792,7 +844,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -804,7 +856,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -817,7 +869,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateResponse) GetUid() int64 {
@@ -852,7 +904,7 @@ type Rootfs struct {
 
 func (x *Rootfs) Reset() {
 	*x = Rootfs{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -864,7 +916,7 @@ func (x *Rootfs) String() string {
 func (*Rootfs) ProtoMessage() {}
 
 func (x *Rootfs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -877,7 +929,7 @@ func (x *Rootfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rootfs.ProtoReflect.Descriptor instead.
 func (*Rootfs) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Rootfs) GetImageAddr() string {
@@ -917,7 +969,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +981,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +994,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *User) GetName() string {
@@ -1012,7 +1064,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1024,7 +1076,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1037,7 +1089,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Mount) GetDestination() string {
@@ -1154,7 +1206,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1218,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1231,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Files) GetName() string {
@@ -1238,7 +1290,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1302,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1315,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *File) GetPath() string {
@@ -1322,7 +1374,7 @@ type EmptyDir struct {
 
 func (x *EmptyDir) Reset() {
 	*x = EmptyDir{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1334,7 +1386,7 @@ func (x *EmptyDir) String() string {
 func (*EmptyDir) ProtoMessage() {}
 
 func (x *EmptyDir) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1347,7 +1399,7 @@ func (x *EmptyDir) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmptyDir.ProtoReflect.Descriptor instead.
 func (*EmptyDir) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EmptyDir) GetName() string {
@@ -1403,7 +1455,7 @@ type DiskMount struct {
 
 func (x *DiskMount) Reset() {
 	*x = DiskMount{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1415,7 +1467,7 @@ func (x *DiskMount) String() string {
 func (*DiskMount) ProtoMessage() {}
 
 func (x *DiskMount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1428,7 +1480,7 @@ func (x *DiskMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskMount.ProtoReflect.Descriptor instead.
 func (*DiskMount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DiskMount) GetAddr() string {
@@ -1461,7 +1513,7 @@ type Share struct {
 
 func (x *Share) Reset() {
 	*x = Share{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1525,7 @@ func (x *Share) String() string {
 func (*Share) ProtoMessage() {}
 
 func (x *Share) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1538,7 @@ func (x *Share) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Share.ProtoReflect.Descriptor instead.
 func (*Share) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Share) GetTag() string {
@@ -1505,7 +1557,7 @@ type BlockDevice struct {
 
 func (x *BlockDevice) Reset() {
 	*x = BlockDevice{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1569,7 @@ func (x *BlockDevice) String() string {
 func (*BlockDevice) ProtoMessage() {}
 
 func (x *BlockDevice) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1582,7 @@ func (x *BlockDevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockDevice.ProtoReflect.Descriptor instead.
 func (*BlockDevice) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *BlockDevice) GetAddr() string {
@@ -1549,7 +1601,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1613,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1626,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1594,7 +1646,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +1658,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +1671,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StartResponse) GetStartedNs() int64 {
@@ -1647,7 +1699,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1659,7 +1711,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1672,7 +1724,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SignalRequest) GetId() string {
@@ -1706,7 +1758,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1770,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1783,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -1757,7 +1809,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +1821,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +1834,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RemoveRequest) GetId() string {
@@ -1801,7 +1853,7 @@ type FilesRequest struct {
 
 func (x *FilesRequest) Reset() {
 	*x = FilesRequest{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1813,7 +1865,7 @@ func (x *FilesRequest) String() string {
 func (*FilesRequest) ProtoMessage() {}
 
 func (x *FilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1826,7 +1878,7 @@ func (x *FilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FilesRequest.ProtoReflect.Descriptor instead.
 func (*FilesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FilesRequest) GetFiles() *Files {
@@ -1845,7 +1897,7 @@ type DetachRequest struct {
 
 func (x *DetachRequest) Reset() {
 	*x = DetachRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +1909,7 @@ func (x *DetachRequest) String() string {
 func (*DetachRequest) ProtoMessage() {}
 
 func (x *DetachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +1922,7 @@ func (x *DetachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachRequest.ProtoReflect.Descriptor instead.
 func (*DetachRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DetachRequest) GetAddr() string {
@@ -1888,7 +1940,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1900,7 +1952,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1913,7 +1965,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type StatsResponse struct {
@@ -1924,14 +1976,13 @@ type StatsResponse struct {
 	Network         []*NetStats            `protobuf:"bytes,4,rep,name=network,proto3" json:"network,omitempty"`
 	MemoryTotal     uint64                 `protobuf:"varint,5,opt,name=memory_total,json=memoryTotal,proto3" json:"memory_total,omitempty"` // guest memory, bytes
 	MemoryAvailable uint64                 `protobuf:"varint,6,opt,name=memory_available,json=memoryAvailable,proto3" json:"memory_available,omitempty"`
-	Volumes         []*VolumeStats         `protobuf:"bytes,7,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1943,7 +1994,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1956,7 +2007,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StatsResponse) GetTimestampNs() int64 {
@@ -2001,13 +2052,6 @@ func (x *StatsResponse) GetMemoryAvailable() uint64 {
 	return 0
 }
 
-func (x *StatsResponse) GetVolumes() []*VolumeStats {
-	if x != nil {
-		return x.Volumes
-	}
-	return nil
-}
-
 type ContainerStats struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2020,7 +2064,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2032,7 +2076,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2045,7 +2089,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2072,66 +2116,6 @@ func (x *ContainerStats) GetLayerBytes() uint64 {
 func (x *ContainerStats) GetLayerInodes() uint64 {
 	if x != nil {
 		return x.LayerInodes
-	}
-	return 0
-}
-
-type VolumeStats struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // EmptyDir.name
-	Bytes         uint64                 `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	Inodes        uint64                 `protobuf:"varint,3,opt,name=inodes,proto3" json:"inodes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *VolumeStats) Reset() {
-	*x = VolumeStats{}
-	mi := &file_agent_proto_msgTypes[30]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *VolumeStats) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*VolumeStats) ProtoMessage() {}
-
-func (x *VolumeStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use VolumeStats.ProtoReflect.Descriptor instead.
-func (*VolumeStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
-}
-
-func (x *VolumeStats) GetName() string {
-	if x != nil {
-		return x.Name
-	}
-	return ""
-}
-
-func (x *VolumeStats) GetBytes() uint64 {
-	if x != nil {
-		return x.Bytes
-	}
-	return 0
-}
-
-func (x *VolumeStats) GetInodes() uint64 {
-	if x != nil {
-		return x.Inodes
 	}
 	return 0
 }
@@ -2963,7 +2947,10 @@ const file_agent_proto_rawDesc = "" +
 	"\x05scope\x18\x05 \x01(\rR\x05scope\"7\n" +
 	"\tNeighbour\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x10\n" +
-	"\x03mac\x18\x02 \x01(\tR\x03mac\"\xd0\x02\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\"9\n" +
+	"\x0fRehearseRequest\x12\x12\n" +
+	"\x04spec\x18\x01 \x01(\fR\x04spec\x12\x12\n" +
+	"\x04stay\x18\x02 \x01(\bR\x04stay\"\xd0\x02\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x120\n" +
@@ -3052,7 +3039,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x05files\x18\x01 \x01(\v2\x17.caisson.agent.v1.FilesR\x05files\"#\n" +
 	"\rDetachRequest\x12\x12\n" +
 	"\x04addr\x18\x01 \x01(\tR\x04addr\"\x0e\n" +
-	"\fStatsRequest\"\xdd\x02\n" +
+	"\fStatsRequest\"\xa4\x02\n" +
 	"\rStatsResponse\x12!\n" +
 	"\ftimestamp_ns\x18\x01 \x01(\x03R\vtimestampNs\x12*\n" +
 	"\x03pod\x18\x02 \x01(\v2\x18.caisson.agent.v1.CgroupR\x03pod\x12@\n" +
@@ -3061,18 +3048,13 @@ const file_agent_proto_rawDesc = "" +
 	"containers\x124\n" +
 	"\anetwork\x18\x04 \x03(\v2\x1a.caisson.agent.v1.NetStatsR\anetwork\x12!\n" +
 	"\fmemory_total\x18\x05 \x01(\x04R\vmemoryTotal\x12)\n" +
-	"\x10memory_available\x18\x06 \x01(\x04R\x0fmemoryAvailable\x127\n" +
-	"\avolumes\x18\a \x03(\v2\x1d.caisson.agent.v1.VolumeStatsR\avolumes\"\x96\x01\n" +
+	"\x10memory_available\x18\x06 \x01(\x04R\x0fmemoryAvailable\"\x96\x01\n" +
 	"\x0eContainerStats\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x120\n" +
 	"\x06cgroup\x18\x02 \x01(\v2\x18.caisson.agent.v1.CgroupR\x06cgroup\x12\x1f\n" +
 	"\vlayer_bytes\x18\x03 \x01(\x04R\n" +
 	"layerBytes\x12!\n" +
-	"\flayer_inodes\x18\x04 \x01(\x04R\vlayerInodes\"O\n" +
-	"\vVolumeStats\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x16\n" +
-	"\x06inodes\x18\x03 \x01(\x04R\x06inodes\"\xa2\a\n" +
+	"\flayer_inodes\x18\x04 \x01(\x04R\vlayerInodes\"\xa2\a\n" +
 	"\x06Cgroup\x12 \n" +
 	"\fcpu_usage_ns\x18\x01 \x01(\x04R\n" +
 	"cpuUsageNs\x12!\n" +
@@ -3160,10 +3142,10 @@ const file_agent_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_CREATED\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x10\n" +
-	"\fSTATE_EXITED\x10\x032\xa3\a\n" +
+	"\fSTATE_EXITED\x10\x032\xa5\a\n" +
 	"\x05Agent\x12D\n" +
-	"\aPrepare\x12 .caisson.agent.v1.PrepareRequest\x1a\x17.caisson.agent.v1.Empty\x12D\n" +
-	"\bRehearse\x12\x1f.caisson.agent.v1.CreateRequest\x1a\x17.caisson.agent.v1.Empty\x12H\n" +
+	"\aPrepare\x12 .caisson.agent.v1.PrepareRequest\x1a\x17.caisson.agent.v1.Empty\x12F\n" +
+	"\bRehearse\x12!.caisson.agent.v1.RehearseRequest\x1a\x17.caisson.agent.v1.Empty\x12H\n" +
 	"\x05Setup\x12\x1e.caisson.agent.v1.SetupRequest\x1a\x1f.caisson.agent.v1.SetupResponse\x12D\n" +
 	"\aNetwork\x12 .caisson.agent.v1.NetworkRequest\x1a\x17.caisson.agent.v1.Empty\x12K\n" +
 	"\x06Create\x12\x1f.caisson.agent.v1.CreateRequest\x1a .caisson.agent.v1.CreateResponse\x12H\n" +
@@ -3191,48 +3173,48 @@ func file_agent_proto_rawDescGZIP() []byte {
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_agent_proto_goTypes = []any{
-	(State)(0),             // 0: caisson.agent.v1.State
-	(*Empty)(nil),          // 1: caisson.agent.v1.Empty
-	(*PrepareRequest)(nil), // 2: caisson.agent.v1.PrepareRequest
-	(*SetupRequest)(nil),   // 3: caisson.agent.v1.SetupRequest
-	(*SetupResponse)(nil),  // 4: caisson.agent.v1.SetupResponse
-	(*DNS)(nil),            // 5: caisson.agent.v1.DNS
-	(*NetworkRequest)(nil), // 6: caisson.agent.v1.NetworkRequest
-	(*Interface)(nil),      // 7: caisson.agent.v1.Interface
-	(*Route)(nil),          // 8: caisson.agent.v1.Route
-	(*Neighbour)(nil),      // 9: caisson.agent.v1.Neighbour
-	(*CreateRequest)(nil),  // 10: caisson.agent.v1.CreateRequest
-	(*CreateResponse)(nil), // 11: caisson.agent.v1.CreateResponse
-	(*Rootfs)(nil),         // 12: caisson.agent.v1.Rootfs
-	(*User)(nil),           // 13: caisson.agent.v1.User
-	(*Mount)(nil),          // 14: caisson.agent.v1.Mount
-	(*Files)(nil),          // 15: caisson.agent.v1.Files
-	(*File)(nil),           // 16: caisson.agent.v1.File
-	(*EmptyDir)(nil),       // 17: caisson.agent.v1.EmptyDir
-	(*DiskMount)(nil),      // 18: caisson.agent.v1.DiskMount
-	(*Share)(nil),          // 19: caisson.agent.v1.Share
-	(*BlockDevice)(nil),    // 20: caisson.agent.v1.BlockDevice
-	(*StartRequest)(nil),   // 21: caisson.agent.v1.StartRequest
-	(*StartResponse)(nil),  // 22: caisson.agent.v1.StartResponse
-	(*SignalRequest)(nil),  // 23: caisson.agent.v1.SignalRequest
-	(*UpdateRequest)(nil),  // 24: caisson.agent.v1.UpdateRequest
-	(*RemoveRequest)(nil),  // 25: caisson.agent.v1.RemoveRequest
-	(*FilesRequest)(nil),   // 26: caisson.agent.v1.FilesRequest
-	(*DetachRequest)(nil),  // 27: caisson.agent.v1.DetachRequest
-	(*StatsRequest)(nil),   // 28: caisson.agent.v1.StatsRequest
-	(*StatsResponse)(nil),  // 29: caisson.agent.v1.StatsResponse
-	(*ContainerStats)(nil), // 30: caisson.agent.v1.ContainerStats
-	(*VolumeStats)(nil),    // 31: caisson.agent.v1.VolumeStats
-	(*Cgroup)(nil),         // 32: caisson.agent.v1.Cgroup
-	(*Throttling)(nil),     // 33: caisson.agent.v1.Throttling
-	(*DiskIO)(nil),         // 34: caisson.agent.v1.DiskIO
-	(*PSI)(nil),            // 35: caisson.agent.v1.PSI
-	(*PSIData)(nil),        // 36: caisson.agent.v1.PSIData
-	(*NetStats)(nil),       // 37: caisson.agent.v1.NetStats
-	(*WatchRequest)(nil),   // 38: caisson.agent.v1.WatchRequest
-	(*ContainerState)(nil), // 39: caisson.agent.v1.ContainerState
-	(*WrittenFile)(nil),    // 40: caisson.agent.v1.WrittenFile
-	nil,                    // 41: caisson.agent.v1.NetworkRequest.SysctlsEntry
+	(State)(0),              // 0: caisson.agent.v1.State
+	(*Empty)(nil),           // 1: caisson.agent.v1.Empty
+	(*PrepareRequest)(nil),  // 2: caisson.agent.v1.PrepareRequest
+	(*SetupRequest)(nil),    // 3: caisson.agent.v1.SetupRequest
+	(*SetupResponse)(nil),   // 4: caisson.agent.v1.SetupResponse
+	(*DNS)(nil),             // 5: caisson.agent.v1.DNS
+	(*NetworkRequest)(nil),  // 6: caisson.agent.v1.NetworkRequest
+	(*Interface)(nil),       // 7: caisson.agent.v1.Interface
+	(*Route)(nil),           // 8: caisson.agent.v1.Route
+	(*Neighbour)(nil),       // 9: caisson.agent.v1.Neighbour
+	(*RehearseRequest)(nil), // 10: caisson.agent.v1.RehearseRequest
+	(*CreateRequest)(nil),   // 11: caisson.agent.v1.CreateRequest
+	(*CreateResponse)(nil),  // 12: caisson.agent.v1.CreateResponse
+	(*Rootfs)(nil),          // 13: caisson.agent.v1.Rootfs
+	(*User)(nil),            // 14: caisson.agent.v1.User
+	(*Mount)(nil),           // 15: caisson.agent.v1.Mount
+	(*Files)(nil),           // 16: caisson.agent.v1.Files
+	(*File)(nil),            // 17: caisson.agent.v1.File
+	(*EmptyDir)(nil),        // 18: caisson.agent.v1.EmptyDir
+	(*DiskMount)(nil),       // 19: caisson.agent.v1.DiskMount
+	(*Share)(nil),           // 20: caisson.agent.v1.Share
+	(*BlockDevice)(nil),     // 21: caisson.agent.v1.BlockDevice
+	(*StartRequest)(nil),    // 22: caisson.agent.v1.StartRequest
+	(*StartResponse)(nil),   // 23: caisson.agent.v1.StartResponse
+	(*SignalRequest)(nil),   // 24: caisson.agent.v1.SignalRequest
+	(*UpdateRequest)(nil),   // 25: caisson.agent.v1.UpdateRequest
+	(*RemoveRequest)(nil),   // 26: caisson.agent.v1.RemoveRequest
+	(*FilesRequest)(nil),    // 27: caisson.agent.v1.FilesRequest
+	(*DetachRequest)(nil),   // 28: caisson.agent.v1.DetachRequest
+	(*StatsRequest)(nil),    // 29: caisson.agent.v1.StatsRequest
+	(*StatsResponse)(nil),   // 30: caisson.agent.v1.StatsResponse
+	(*ContainerStats)(nil),  // 31: caisson.agent.v1.ContainerStats
+	(*Cgroup)(nil),          // 32: caisson.agent.v1.Cgroup
+	(*Throttling)(nil),      // 33: caisson.agent.v1.Throttling
+	(*DiskIO)(nil),          // 34: caisson.agent.v1.DiskIO
+	(*PSI)(nil),             // 35: caisson.agent.v1.PSI
+	(*PSIData)(nil),         // 36: caisson.agent.v1.PSIData
+	(*NetStats)(nil),        // 37: caisson.agent.v1.NetStats
+	(*WatchRequest)(nil),    // 38: caisson.agent.v1.WatchRequest
+	(*ContainerState)(nil),  // 39: caisson.agent.v1.ContainerState
+	(*WrittenFile)(nil),     // 40: caisson.agent.v1.WrittenFile
+	nil,                     // 41: caisson.agent.v1.NetworkRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	5,  // 0: caisson.agent.v1.SetupRequest.dns:type_name -> caisson.agent.v1.DNS
@@ -3241,61 +3223,60 @@ var file_agent_proto_depIdxs = []int32{
 	41, // 3: caisson.agent.v1.NetworkRequest.sysctls:type_name -> caisson.agent.v1.NetworkRequest.SysctlsEntry
 	8,  // 4: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
 	9,  // 5: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
-	12, // 6: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
-	14, // 7: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
-	13, // 8: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
-	15, // 9: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
-	17, // 10: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
-	18, // 11: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
-	19, // 12: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
-	20, // 13: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
-	16, // 14: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
-	15, // 15: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
+	13, // 6: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
+	15, // 7: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
+	14, // 8: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
+	16, // 9: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
+	18, // 10: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
+	19, // 11: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
+	20, // 12: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
+	21, // 13: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
+	17, // 14: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
+	16, // 15: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
 	32, // 16: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
-	30, // 17: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
+	31, // 17: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
 	37, // 18: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
-	31, // 19: caisson.agent.v1.StatsResponse.volumes:type_name -> caisson.agent.v1.VolumeStats
-	32, // 20: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
-	35, // 21: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
-	35, // 22: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
-	35, // 23: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
-	33, // 24: caisson.agent.v1.Cgroup.throttling:type_name -> caisson.agent.v1.Throttling
-	34, // 25: caisson.agent.v1.Cgroup.disks:type_name -> caisson.agent.v1.DiskIO
-	36, // 26: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
-	36, // 27: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
-	0,  // 28: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
-	40, // 29: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
-	2,  // 30: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
-	10, // 31: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.CreateRequest
-	3,  // 32: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
-	6,  // 33: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
-	10, // 34: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
-	21, // 35: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
-	23, // 36: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
-	24, // 37: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
-	25, // 38: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
-	26, // 39: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
-	27, // 40: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
-	28, // 41: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
-	38, // 42: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
-	1,  // 43: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
-	1,  // 44: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
-	4,  // 45: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
-	1,  // 46: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
-	11, // 47: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
-	22, // 48: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
-	1,  // 49: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
-	1,  // 50: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
-	1,  // 51: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
-	1,  // 52: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
-	1,  // 53: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
-	29, // 54: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
-	39, // 55: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
-	43, // [43:56] is the sub-list for method output_type
-	30, // [30:43] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	32, // 19: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
+	35, // 20: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
+	35, // 21: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
+	35, // 22: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
+	33, // 23: caisson.agent.v1.Cgroup.throttling:type_name -> caisson.agent.v1.Throttling
+	34, // 24: caisson.agent.v1.Cgroup.disks:type_name -> caisson.agent.v1.DiskIO
+	36, // 25: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
+	36, // 26: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
+	0,  // 27: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
+	40, // 28: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
+	2,  // 29: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
+	10, // 30: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.RehearseRequest
+	3,  // 31: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
+	6,  // 32: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
+	11, // 33: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
+	22, // 34: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
+	24, // 35: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
+	25, // 36: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
+	26, // 37: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
+	27, // 38: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
+	28, // 39: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
+	29, // 40: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
+	38, // 41: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
+	1,  // 42: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
+	1,  // 43: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
+	4,  // 44: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
+	1,  // 45: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
+	12, // 46: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
+	23, // 47: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
+	1,  // 48: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
+	1,  // 49: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
+	1,  // 50: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
+	1,  // 51: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
+	1,  // 52: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
+	30, // 53: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
+	39, // 54: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
+	42, // [42:55] is the sub-list for method output_type
+	29, // [29:42] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3303,7 +3284,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[13].OneofWrappers = []any{
+	file_agent_proto_msgTypes[14].OneofWrappers = []any{
 		(*Mount_Files)(nil),
 		(*Mount_EmptyDir)(nil),
 		(*Mount_Disk)(nil),

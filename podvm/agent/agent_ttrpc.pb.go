@@ -9,7 +9,7 @@ import (
 
 type AgentService interface {
 	Prepare(context.Context, *PrepareRequest) (*Empty, error)
-	Rehearse(context.Context, *CreateRequest) (*Empty, error)
+	Rehearse(context.Context, *RehearseRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
@@ -47,7 +47,7 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				return svc.Prepare(ctx, &req)
 			},
 			"Rehearse": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
-				var req CreateRequest
+				var req RehearseRequest
 				if err := unmarshal(&req); err != nil {
 					return nil, err
 				}
@@ -142,7 +142,7 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 
 type AgentClient interface {
 	Prepare(context.Context, *PrepareRequest) (*Empty, error)
-	Rehearse(context.Context, *CreateRequest) (*Empty, error)
+	Rehearse(context.Context, *RehearseRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
@@ -174,7 +174,7 @@ func (c *agentClient) Prepare(ctx context.Context, req *PrepareRequest) (*Empty,
 	return &resp, nil
 }
 
-func (c *agentClient) Rehearse(ctx context.Context, req *CreateRequest) (*Empty, error) {
+func (c *agentClient) Rehearse(ctx context.Context, req *RehearseRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "caisson.agent.v1.Agent", "Rehearse", req, &resp); err != nil {
 		return nil, err

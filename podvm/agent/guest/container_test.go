@@ -261,7 +261,7 @@ func TestRehearse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	request := &agent.CreateRequest{Spec: spec}
+	request := &agent.RehearseRequest{Spec: spec}
 	if _, err := s.Rehearse(ctx, request); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("before it was prepared: %v", err)
 	}
@@ -273,6 +273,9 @@ func TestRehearse(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if stats, err := s.Stats(ctx, &agent.StatsRequest{}); err != nil || len(stats.Containers) > 0 {
+		t.Errorf("a rehearsal leaves %v, %v", stats, err)
+	}
 	if _, err := s.Setup(ctx, setupRequest()); err != nil {
 		t.Fatal(err)
 	}
@@ -282,6 +285,25 @@ func TestRehearse(t *testing.T) {
 	r, _ := create(t, ctx, c, "one", specOf("true"), &agent.CreateRequest{})
 	r.start().wait()
 	r.remove()
+}
+
+// TestRehearseToStay: the container is left as it is in a pod.
+func TestRehearseToStay(t *testing.T) {
+	ctx, c := bareAgent(t)
+	s := service1(t, ctx, c)
+	spec, err := json.Marshal(specOf("nothing"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Prepare(ctx, &agent.PrepareRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Rehearse(ctx, &agent.RehearseRequest{Spec: spec, Stay: true}); err != nil {
+		t.Fatal(err)
+	}
+	if stats, err := s.Stats(ctx, &agent.StatsRequest{}); err != nil || len(stats.Containers) != 1 {
+		t.Errorf("it leaves %v, %v", stats, err)
+	}
 }
 
 func TestExec(t *testing.T) {

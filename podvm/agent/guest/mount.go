@@ -68,8 +68,8 @@ func (m *mounting) source(ctx context.Context, req *agent.Mount) (string, error)
 		}
 		return a.files.put(ctx, s.Files)
 	case *agent.Mount_EmptyDir:
-		scratch, quotas := a.storage()
-		dir, err := a.vols.use(ctx, s.EmptyDir, scratch, quotas)
+		scratch, _ := a.storage()
+		dir, err := a.vols.use(ctx, s.EmptyDir, scratch)
 		if err != nil {
 			return "", err
 		}

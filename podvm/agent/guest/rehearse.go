@@ -21,8 +21,9 @@ import (
 const rehearsal = "rehearsal"
 
 // rehearse takes the network card, and a container of the guest's own root with a further process in
-// it, through their lives, after the guest was a pod's for a moment.
-func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) (err error) {
+// it, through their lives, after the guest was a pod's for a moment. One that is to stay does not get further
+// than a pod's containers do when they are started.
+func (a *Agent) rehearse(ctx context.Context, req *agent.RehearseRequest) (err error) {
 	a.mu.Lock()
 	ready := a.prepared && a.setup == nil
 	a.mu.Unlock()
@@ -51,6 +52,10 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.CreateRequest) (err err
 	}
 	root := func(*container) (string, error) { return "/", nil }
 	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: data}, root); err != nil {
+		return err
+	}
+	if req.Stay {
+		_, err := c.start(ctx)
 		return err
 	}
 	defer func() {

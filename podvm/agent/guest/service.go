@@ -14,7 +14,7 @@ func (s service) Prepare(ctx context.Context, req *agent.PrepareRequest) (*agent
 	return &agent.Empty{}, s.a.doPrepare(ctx, req)
 }
 
-func (s service) Rehearse(ctx context.Context, req *agent.CreateRequest) (*agent.Empty, error) {
+func (s service) Rehearse(ctx context.Context, req *agent.RehearseRequest) (*agent.Empty, error) {
 	return &agent.Empty{}, s.a.rehearse(ctx, req)
 }
 

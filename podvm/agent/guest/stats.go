@@ -36,13 +36,6 @@ func (a *Agent) stats(ctx context.Context) (*agent.StatsResponse, error) {
 		}
 		resp.Containers = append(resp.Containers, s)
 	}
-	for _, v := range a.vols.all() {
-		bytes, inodes, err := v.usage(ctx, quotas)
-		if err != nil {
-			return nil, fmt.Errorf("size of the volume %s: %w", v.name, err)
-		}
-		resp.Volumes = append(resp.Volumes, &agent.VolumeStats{Name: v.name, Bytes: bytes, Inodes: inodes})
-	}
 	var err error
 	resp.Network, err = netStats()
 	return resp, err
@@ -235,18 +228,6 @@ func netStats() ([]*agent.NetStats, error) {
 		})
 	}
 	return all, nil
-}
-
-// usage is what an emptyDir takes, in bytes.
-func (v volume) usage(ctx context.Context, q *quotas) (bytes, inodes uint64, err error) {
-	if !v.memory {
-		return q.usage(ctx, v.project, v.dir)
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(v.dir, &st); err != nil {
-		return 0, 0, err
-	}
-	return (st.Blocks - st.Bfree) * uint64(st.Bsize), st.Files - st.Ffree, nil
 }
 
 // diskUsage adds up a directory, as du does: files with several links count once.

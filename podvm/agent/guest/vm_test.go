@@ -186,9 +186,7 @@ func (m *machine) oom(t *testing.T) {
 }
 
 func (m *machine) stats(t *testing.T) {
-	r := m.container("busy", vmSpec("sh", "-c", "dd if=/dev/zero of=/file bs=1M count=8; exec 3>/cache/file; rm /cache/file; dd if=/dev/zero bs=1M count=4 >&3; echo ready; while :; do :; done"), &agent.CreateRequest{
-		Mounts: []*agent.Mount{{Destination: "/cache", Source: &agent.Mount_EmptyDir{EmptyDir: &agent.EmptyDir{Name: "cache"}}}},
-	})
+	r := m.container("busy", vmSpec("sh", "-c", "dd if=/dev/zero of=/file bs=1M count=8; exec 3>/gone; rm /gone; dd if=/dev/zero bs=1M count=4 >&3; echo ready; while :; do :; done"), &agent.CreateRequest{})
 	o, err := m.c.Output(m.ctx, "busy", 0)
 	if err != nil {
 		t.Fatal(err)
@@ -217,15 +215,15 @@ func (m *machine) stats(t *testing.T) {
 	}
 	t.Logf("stats: %v: %v", time.Since(begin), s)
 	c := s.Containers[0]
-	if c.LayerBytes < 8*mib || c.LayerBytes > 10*mib || c.Cgroup.MemoryLimit != 64*mib || c.Cgroup.CpuUsageNs == 0 || s.Pod.CpuUsageNs == 0 || c.Cgroup.Pids == 0 {
+	// One of its files has no name any more: only the kernel knows what that takes.
+	if c.LayerBytes < 12*mib || c.LayerBytes > 14*mib || c.Cgroup.MemoryLimit != 64*mib || c.Cgroup.CpuUsageNs == 0 || s.Pod.CpuUsageNs == 0 || c.Cgroup.Pids == 0 {
 		t.Errorf("container: %v", c)
 	}
 	if g := c.Cgroup; g.CpuUserNs+g.CpuSystemNs == 0 || g.MemoryCache < 8*mib || g.MemoryKernel == 0 || g.Throttling == nil || g.OomKills != 0 {
 		t.Errorf("cgroup: %v", g)
 	}
-	// Its file has no name any more: only the kernel knows what it takes.
-	if len(s.Volumes) != 1 || s.Volumes[0].Bytes < 4*mib || s.Volumes[0].Bytes > 5*mib || s.MemoryTotal == 0 {
-		t.Errorf("volumes: %v", s.Volumes)
+	if s.MemoryTotal == 0 {
+		t.Error("no memory of the guest's")
 	}
 	r.remove()
 }

@@ -19,40 +19,24 @@ type volumes struct {
 	turn chan struct{}
 
 	mu     sync.Mutex
-	byName map[string]volume
-}
-
-type volume struct {
-	name, dir string
-	memory    bool
-	project   uint32 // that counts it
+	byName map[string]string // their directories
 }
 
 func newVolumes(dir string) *volumes {
-	v := &volumes{dir: dir, turn: make(chan struct{}, 1), byName: make(map[string]volume)}
+	v := &volumes{dir: dir, turn: make(chan struct{}, 1), byName: make(map[string]string)}
 	v.turn <- struct{}{}
 	return v
 }
 
-func (v *volumes) lookup(name string) (volume, bool) {
+func (v *volumes) lookup(name string) (dir string, ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	d, ok := v.byName[name]
-	return d, ok
-}
-
-func (v *volumes) all() []volume {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	var all []volume
-	for _, d := range v.byName {
-		all = append(all, d)
-	}
-	return all
+	dir, ok = v.byName[name]
+	return dir, ok
 }
 
 // use returns the directory of an emptyDir, making it on first use, on scratch or in memory.
-func (v *volumes) use(ctx context.Context, e *agent.EmptyDir, scratch string, q *quotas) (string, error) {
+func (v *volumes) use(ctx context.Context, e *agent.EmptyDir, scratch string) (string, error) {
 	if e.Name == "" {
 		return "", fmt.Errorf("emptyDir without a name: %w", errdefs.ErrInvalidArgument)
 	}
@@ -62,35 +46,29 @@ func (v *volumes) use(ctx context.Context, e *agent.EmptyDir, scratch string, q 
 		return "", ctx.Err()
 	}
 	defer func() { v.turn <- struct{}{} }()
-	if d, ok := v.lookup(e.Name); ok {
-		return d.dir, nil
+	if dir, ok := v.lookup(e.Name); ok {
+		return dir, nil
 	}
-	d := volume{name: e.Name, dir: filepath.Join(scratch, "volumes", hashed(e.Name)), memory: e.Memory}
+	dir := filepath.Join(scratch, "volumes", hashed(e.Name))
 	if e.Memory {
-		d.dir = filepath.Join(v.dir, hashed(e.Name))
+		dir = filepath.Join(v.dir, hashed(e.Name))
 	}
-	if err := makeVolume(d, e); err != nil {
+	if err := makeVolume(dir, e); err != nil {
 		return "", fmt.Errorf("emptyDir %s: %w", e.Name, err)
-	}
-	if !e.Memory {
-		var err error
-		if d.project, err = q.begin(d.dir); err != nil {
-			return "", fmt.Errorf("emptyDir %s: %w", e.Name, err)
-		}
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.byName[e.Name] = d
-	return d.dir, nil
+	v.byName[e.Name] = dir
+	return dir, nil
 }
 
-func makeVolume(d volume, e *agent.EmptyDir) error {
-	if err := os.MkdirAll(d.dir, 0o700); err != nil {
+func makeVolume(dir string, e *agent.EmptyDir) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if d.memory {
+	if e.Memory {
 		// 0 is no cap in tmpfs's own words, too: the pod's memory is one.
-		if err := unix.Mount("tmpfs", d.dir, "tmpfs", 0, fmt.Sprintf("size=%d,nr_inodes=0", e.Size)); err != nil {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d,nr_inodes=0", e.Size)); err != nil {
 			return err
 		}
 	}
@@ -98,8 +76,8 @@ func makeVolume(d volume, e *agent.EmptyDir) error {
 	if mode == 0 {
 		mode = 0o777
 	}
-	if err := os.Chown(d.dir, 0, int(e.Gid)); err != nil {
+	if err := os.Chown(dir, 0, int(e.Gid)); err != nil {
 		return err
 	}
-	return os.Chmod(d.dir, permissions(mode))
+	return os.Chmod(dir, permissions(mode))
 }
