@@ -14,8 +14,8 @@ func (a *fakeAgent) Prepare(context.Context, *agent.PrepareRequest) (*agent.Empt
 }
 
 func (a *fakeAgent) Rehearse(_ context.Context, req *agent.RehearseRequest) (*agent.Empty, error) {
-	if req.Stay {
-		return &agent.Empty{}, a.call("Rehearse to stay")
+	if req.Rootfs != nil {
+		return &agent.Empty{}, a.call("Rehearse with an image")
 	}
 	return &agent.Empty{}, a.call("Rehearse")
 }

@@ -291,7 +291,10 @@ func (b *birth) warmUp(ctx context.Context, lesson bool) error {
 	if err != nil {
 		return err
 	}
-	return rehearse(ctx, rpc, lesson)
+	if lesson {
+		return b.rehearseStart(ctx, rpc)
+	}
+	return rehearse(ctx, rpc)
 }
 
 // discard takes back a VM that was to be a pod's. What can't be taken back now is at the next start.

@@ -255,7 +255,7 @@ func TestTeach(t *testing.T) {
 				}
 				for id := range n.agents {
 					a := n.agentOf(id)
-					if a.calls["Rehearse to stay"] > 0 && (a.setup != nil || a.calls["Rehearse"] > 0) {
+					if a.calls["Rehearse with an image"] > 0 && (a.setup != nil || a.calls["Rehearse"] > 0) {
 						t.Errorf("a clone that has taught the template was used for more: %v", a.calls)
 					}
 				}

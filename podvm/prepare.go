@@ -23,13 +23,17 @@ func Prepare(ctx context.Context, v vmm.VM) error {
 	if _, err := rpc.Prepare(ctx, &agent.PrepareRequest{ScratchAddr: scratchAddress(), CardMac: vmm.CardMAC}); err != nil {
 		return fmt.Errorf("prepare the guest: %w", err)
 	}
-	return rehearse(ctx, rpc, false)
+	return rehearse(ctx, rpc)
 }
 
-// rehearse has a guest that is no pod's yet take a container through its life. One that is to stay is left as it
-// is in a pod, and so is the guest's memory; nothing else is done with such a guest.
-func rehearse(ctx context.Context, rpc agent.AgentClient, stay bool) error {
-	spec, err := ociSpec(PodConfig{}, ContainerConfig{Command: []string{"rehearsal"}}, ocispec.ImageConfig{})
+// rehearse has a guest that is no pod's yet take a container through its life.
+func rehearse(ctx context.Context, rpc agent.AgentClient) error {
+	return rehearseWith(ctx, rpc, "rehearsal", nil)
+}
+
+// rehearseWith does so with a command in a container of these files. With files it is left running.
+func rehearseWith(ctx context.Context, rpc agent.AgentClient, command string, rootfs *agent.Rootfs) error {
+	spec, err := ociSpec(PodConfig{}, ContainerConfig{Command: []string{command}}, ocispec.ImageConfig{})
 	if err != nil {
 		return err
 	}
@@ -37,7 +41,7 @@ func rehearse(ctx context.Context, rpc agent.AgentClient, stay bool) error {
 	if err != nil {
 		return err
 	}
-	if _, err := rpc.Rehearse(ctx, &agent.RehearseRequest{Spec: data, Stay: stay}); err != nil {
+	if _, err := rpc.Rehearse(ctx, &agent.RehearseRequest{Spec: data, Rootfs: rootfs}); err != nil {
 		return fmt.Errorf("rehearse a container: %w", err)
 	}
 	return nil

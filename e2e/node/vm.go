@@ -45,10 +45,13 @@ func (n *node) up(ctx context.Context) error {
 		"-append", "console=ttyS0 root=/dev/vda rw mitigations=off nokaslr audit=0 panic=1 softlockup_panic=1 watchdog_thresh=60 systemd.show_status=0 systemd.unified_cgroup_hierarchy=1",
 		"-drive", "file="+n.path("disk")+",if=none,id=root,format=raw,cache=unsafe,discard=unmap", "-device", "virtio-blk-pci,drive=root",
 		"-netdev", fmt.Sprintf("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:%d-:22", n.port), "-device", "virtio-net-pci,netdev=net",
-		"-device", "virtio-rng-pci")
+		"-device", "virtio-rng-pci",
+		"-d", "cpu_reset") // where a processor was, when it ended in a triple fault
 	// Why the last one ended may stand there.
-	if err := os.Rename(n.path("console.log"), n.path("console.last")); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	for _, name := range []string{"console", "qemu"} {
+		if err := os.Rename(n.path(name+".log"), n.path(name+".last")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	log, err := os.Create(n.path("qemu.log"))
 	if err != nil {

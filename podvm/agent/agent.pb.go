@@ -667,8 +667,8 @@ func (x *Neighbour) GetMac() string {
 
 type RehearseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Spec          []byte                 `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`  // as in CreateRequest; its command does not count
-	Stay          bool                   `protobuf:"varint,2,opt,name=stay,proto3" json:"stay,omitempty"` // the container is started and left: the guest is as a pod that has one, and is not used for more
+	Spec          []byte                 `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"` // as in CreateRequest; without a rootfs its command does not count
+	Rootfs        *Rootfs                `protobuf:"bytes,2,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -710,11 +710,11 @@ func (x *RehearseRequest) GetSpec() []byte {
 	return nil
 }
 
-func (x *RehearseRequest) GetStay() bool {
+func (x *RehearseRequest) GetRootfs() *Rootfs {
 	if x != nil {
-		return x.Stay
+		return x.Rootfs
 	}
-	return false
+	return nil
 }
 
 type CreateRequest struct {
@@ -2947,10 +2947,10 @@ const file_agent_proto_rawDesc = "" +
 	"\x05scope\x18\x05 \x01(\rR\x05scope\"7\n" +
 	"\tNeighbour\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x10\n" +
-	"\x03mac\x18\x02 \x01(\tR\x03mac\"9\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\"W\n" +
 	"\x0fRehearseRequest\x12\x12\n" +
-	"\x04spec\x18\x01 \x01(\fR\x04spec\x12\x12\n" +
-	"\x04stay\x18\x02 \x01(\bR\x04stay\"\xd0\x02\n" +
+	"\x04spec\x18\x01 \x01(\fR\x04spec\x120\n" +
+	"\x06rootfs\x18\x02 \x01(\v2\x18.caisson.agent.v1.RootfsR\x06rootfs\"\xd0\x02\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x120\n" +
@@ -3223,60 +3223,61 @@ var file_agent_proto_depIdxs = []int32{
 	41, // 3: caisson.agent.v1.NetworkRequest.sysctls:type_name -> caisson.agent.v1.NetworkRequest.SysctlsEntry
 	8,  // 4: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
 	9,  // 5: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
-	13, // 6: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
-	15, // 7: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
-	14, // 8: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
-	16, // 9: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
-	18, // 10: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
-	19, // 11: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
-	20, // 12: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
-	21, // 13: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
-	17, // 14: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
-	16, // 15: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
-	32, // 16: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
-	31, // 17: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
-	37, // 18: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
-	32, // 19: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
-	35, // 20: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
-	35, // 21: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
-	35, // 22: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
-	33, // 23: caisson.agent.v1.Cgroup.throttling:type_name -> caisson.agent.v1.Throttling
-	34, // 24: caisson.agent.v1.Cgroup.disks:type_name -> caisson.agent.v1.DiskIO
-	36, // 25: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
-	36, // 26: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
-	0,  // 27: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
-	40, // 28: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
-	2,  // 29: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
-	10, // 30: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.RehearseRequest
-	3,  // 31: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
-	6,  // 32: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
-	11, // 33: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
-	22, // 34: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
-	24, // 35: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
-	25, // 36: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
-	26, // 37: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
-	27, // 38: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
-	28, // 39: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
-	29, // 40: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
-	38, // 41: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
-	1,  // 42: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
-	1,  // 43: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
-	4,  // 44: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
-	1,  // 45: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
-	12, // 46: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
-	23, // 47: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
-	1,  // 48: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
-	1,  // 49: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
-	1,  // 50: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
-	1,  // 51: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
-	1,  // 52: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
-	30, // 53: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
-	39, // 54: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
-	42, // [42:55] is the sub-list for method output_type
-	29, // [29:42] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	13, // 6: caisson.agent.v1.RehearseRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
+	13, // 7: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
+	15, // 8: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
+	14, // 9: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
+	16, // 10: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
+	18, // 11: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
+	19, // 12: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
+	20, // 13: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
+	21, // 14: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
+	17, // 15: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
+	16, // 16: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
+	32, // 17: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
+	31, // 18: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
+	37, // 19: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
+	32, // 20: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
+	35, // 21: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
+	35, // 22: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
+	35, // 23: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
+	33, // 24: caisson.agent.v1.Cgroup.throttling:type_name -> caisson.agent.v1.Throttling
+	34, // 25: caisson.agent.v1.Cgroup.disks:type_name -> caisson.agent.v1.DiskIO
+	36, // 26: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
+	36, // 27: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
+	0,  // 28: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
+	40, // 29: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
+	2,  // 30: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
+	10, // 31: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.RehearseRequest
+	3,  // 32: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
+	6,  // 33: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
+	11, // 34: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
+	22, // 35: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
+	24, // 36: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
+	25, // 37: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
+	26, // 38: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
+	27, // 39: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
+	28, // 40: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
+	29, // 41: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
+	38, // 42: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
+	1,  // 43: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
+	1,  // 44: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
+	4,  // 45: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
+	1,  // 46: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
+	12, // 47: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
+	23, // 48: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
+	1,  // 49: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
+	1,  // 50: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
+	1,  // 51: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
+	1,  // 52: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
+	1,  // 53: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
+	30, // 54: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
+	39, // 55: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
+	43, // [43:56] is the sub-list for method output_type
+	30, // [30:43] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }

@@ -287,18 +287,18 @@ func TestRehearse(t *testing.T) {
 	r.remove()
 }
 
-// TestRehearseToStay: the container is left as it is in a pod.
-func TestRehearseToStay(t *testing.T) {
+// TestRehearseStart: the container is left as it is in a pod.
+func TestRehearseStart(t *testing.T) {
 	ctx, c := bareAgent(t)
 	s := service1(t, ctx, c)
-	spec, err := json.Marshal(specOf("nothing"))
+	spec, err := json.Marshal(specOf("sleep", "1000"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.Prepare(ctx, &agent.PrepareRequest{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Rehearse(ctx, &agent.RehearseRequest{Spec: spec, Stay: true}); err != nil {
+	if _, err := s.Rehearse(ctx, &agent.RehearseRequest{Spec: spec, Rootfs: &agent.Rootfs{ImageAddr: testImage}}); err != nil {
 		t.Fatal(err)
 	}
 	if stats, err := s.Stats(ctx, &agent.StatsRequest{}); err != nil || len(stats.Containers) != 1 {

@@ -21,8 +21,8 @@ import (
 const rehearsal = "rehearsal"
 
 // rehearse takes the network card, and a container of the guest's own root with a further process in
-// it, through their lives, after the guest was a pod's for a moment. One that is to stay does not get further
-// than a pod's containers do when they are started.
+// it, through their lives, after the guest was a pod's for a moment. A container with an image gets no further than
+// a pod's do when they are started.
 func (a *Agent) rehearse(ctx context.Context, req *agent.RehearseRequest) (err error) {
 	a.mu.Lock()
 	ready := a.prepared && a.setup == nil
@@ -35,6 +35,9 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.RehearseRequest) (err e
 	}
 	if err := a.cards.rehearse(ctx); err != nil {
 		return err
+	}
+	if req.Rootfs != nil {
+		return a.rehearseStart(ctx, req)
 	}
 	spec, err := decodeSpec(req.Spec)
 	if err != nil {
@@ -54,10 +57,6 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.RehearseRequest) (err e
 	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: data}, root); err != nil {
 		return err
 	}
-	if req.Stay {
-		_, err := c.start(ctx)
-		return err
-	}
 	defer func() {
 		err = errors.Join(err, c.remove(context.WithoutCancel(ctx)), a.settle(c))
 	}()
@@ -68,6 +67,20 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.RehearseRequest) (err e
 		return err
 	}
 	return await(ctx, c.exited)
+}
+
+// rehearseStart starts a container, which stays.
+func (a *Agent) rehearseStart(ctx context.Context, req *agent.RehearseRequest) error {
+	c, err := a.reserve(rehearsal)
+	if err != nil {
+		return err
+	}
+	image := func(c *container) (string, error) { return c.useImage(ctx, req.Rootfs) }
+	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: req.Spec, Rootfs: req.Rootfs}, image); err != nil {
+		return err
+	}
+	_, err = c.start(ctx)
+	return err
 }
 
 // rehearseSetup reads requests of the kinds that come for every pod, and makes this guest a pod's and then
