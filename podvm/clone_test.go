@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -167,5 +168,30 @@ func TestCloneIsNotToBlame(t *testing.T) {
 			}
 			n.nothingLeft()
 		})
+	}
+}
+
+// TestPodLargerThanClones boots, and can have all that the node gives; smaller ones, warm or not, are clones, which
+// can't become as large.
+func TestPodLargerThanClones(t *testing.T) {
+	n, _, seen := cloningNode(t)
+	n.warm = 1
+	n.restart(nil)
+	warm := n.awaitWarm()
+	config := podConfig("large")
+	config.Resources = &Resources{Memory: n.o.MaxClone.Memory}
+	large := n.pod(config)
+	if vm := large.record.now().VM; large.id == warm || vm.Template != "" || vm.Max != n.o.Max || large.machine().Info().Size.Memory < n.o.MaxClone.Memory {
+		t.Errorf("a pod that may have more than a clone can is %+v", vm)
+	}
+	small := n.pod(podConfig("small"))
+	if vm := small.record.now().VM; small.id != warm || vm.Template == "" || vm.Max != n.o.MaxClone {
+		t.Errorf("another one is %+v", vm)
+	}
+	if err := small.Update(soon(t), nil, &Resources{Memory: n.o.MaxClone.Memory}); !errdefs.IsOutOfRange(err) || !strings.Contains(err.Error(), "vm.max_clone_memory") {
+		t.Errorf("a clone that is to become larger: %v", err)
+	}
+	if seen.fallbacks.Load() > 0 {
+		t.Error("a pod that is not to be a clone counts as one that could not be one")
 	}
 }

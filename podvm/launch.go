@@ -106,7 +106,7 @@ func (b *birth) launch(ctx context.Context) error {
 	if driver == nil {
 		return fmt.Errorf("driver %s: %w", r.Driver, errdefs.ErrNotFound)
 	}
-	if o.Templates != nil && driver == o.Driver {
+	if o.Templates != nil && driver == o.Driver && b.m.clonable(r.Config) {
 		err := b.clone(ctx, driver)
 		if err == nil || ctx.Err() != nil {
 			return err
@@ -144,6 +144,7 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 		scope = b.record.now().Config.Namespace
 	}
 	c := b.config
+	c.Max = o.MaxClone
 	err := b.time("template", func() (err error) {
 		c.Template, err = o.Templates.Template(ctx, scope)
 		return err

@@ -78,7 +78,9 @@ type Options struct {
 	Scope     string
 	// Size is what a VM starts with and a pod without limits gets, Max what it can grow to.
 	Size, Max vmm.Size
-	Scratch   *Scratch
+	// MaxClone is Max of clones, and of the templates. Pods that may have more memory boot.
+	MaxClone vmm.Size
+	Scratch  *Scratch
 	// DAX asks that pods share the pages of their images, where the driver can.
 	DAX bool
 	// NodeEmptyDirs has the emptyDirs of pods on the node, but for those of medium Memory.
@@ -315,7 +317,10 @@ func (m *Manager) reserve(c PodConfig, driver vmm.Driver) (s *start, first bool)
 		s.waiting++
 		return s, false
 	}
-	b := m.pool.take()
+	var b *birth
+	if m.clonable(c) {
+		b = m.pool.take()
+	}
 	if b == nil {
 		b = newBirth(m.newPod(newID(), c, driver))
 	}

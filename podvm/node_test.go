@@ -99,7 +99,7 @@ func (n *node) open() {
 		Root: root, State: filepath.Join(n.dir, "run"),
 		Driver: driver, Drivers: map[string]vmm.Driver{driver.Name(): driver},
 		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images, Shares: n.shares,
-		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4<<30 + 5<<20}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
+		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4<<30 + 5<<20}, MaxClone: vmm.Size{CPUs: 4, Memory: 2 << 30}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
 		Watchdog: n.watchdog,
 	})
 	if err != nil {

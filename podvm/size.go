@@ -56,6 +56,14 @@ func (p *Pod) within(want vmm.Size) vmm.Size {
 	return got
 }
 
+// clonable tells whether a clone can have the memory that the limits of this pod are. A clone can also where nothing
+// else could.
+func (m *Manager) clonable(c PodConfig) bool {
+	clone := vmm.Config{Size: m.o.Size, Max: m.o.MaxClone}.Most().Memory
+	memory, _ := memoryFor(c, nil)
+	return memory <= clone || clone >= vmm.Config{Size: m.o.Size, Max: m.o.Max}.Most().Memory
+}
+
 // allow refuses a change to more than the VM can have; what was above that before may stay.
 func (p *Pod) allow(before, want vmm.Size) error {
 	most := p.record.now().VM.Most()
@@ -63,7 +71,11 @@ func (p *Pod) allow(before, want vmm.Size) error {
 		return fmt.Errorf("%d vCPUs, and the pod can have %d at most: raise vm.max_cpus, which holds for new pods: %w", want.CPUs, most.CPUs, errdefs.ErrOutOfRange)
 	}
 	if want.Memory > max(most.Memory, before.Memory) {
-		return fmt.Errorf("%d MiB of memory with the guest's own, and the pod can have %d at most: raise vm.max_memory, which holds for new pods: %w", want.Memory>>20, most.Memory>>20, errdefs.ErrOutOfRange)
+		key := "vm.max_memory"
+		if p.record.now().VM.Template != "" && p.m.o.MaxClone.Memory < p.m.o.Max.Memory {
+			key = "vm.max_clone_memory"
+		}
+		return fmt.Errorf("%d MiB of memory with the guest's own, and the pod can have %d at most: raise %s, which holds for new pods: %w", want.Memory>>20, most.Memory>>20, key, errdefs.ErrOutOfRange)
 	}
 	return nil
 }

@@ -35,6 +35,7 @@ type Config struct {
 		Memory    Size     `toml:"memory" comment:"Memory of a pod without a memory limit, and what a container without one adds to the limits of others. It costs nothing until it is used."`
 		MaxCPUs   int      `toml:"max_cpus" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
 		MaxMemory Size     `toml:"max_memory" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
+		MaxClone  Size     `toml:"max_clone_memory" comment:"The most that a clone can grow to; a pod whose limits are above boots, which takes longer. The VMM of each clone keeps 32 KiB for each GiB of it. 0: as max_memory."`
 		Template  string   `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`
 		Warm      int      `toml:"warm" comment:"Clones that are kept ready for pods to come, at most 16: such a pod starts in a third of the time, each takes the memory of an idle pod. -1: one with Cloud Hypervisor and vm.template = node, else none. Not with vm.template = namespace or pod."`
 		Watchdog  Duration `toml:"watchdog" comment:"A guest that answers nothing for so long, while somebody waits for it, is taken for hung: its VM is killed, and its pod is for the kubelet to replace. 0s: never."`
@@ -115,6 +116,7 @@ func defaults() Config {
 	c.Guest = "/usr/local/lib/caisson/guest"
 	c.VM.CPUs = 1
 	c.VM.Memory = 512 << 20
+	c.VM.MaxClone = 8 << 30
 	c.VM.Template = "node"
 	c.VM.Warm = -1
 	c.VM.Watchdog = Duration(time.Minute)

@@ -134,20 +134,24 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 		most.Memory = nodeMemory()
 	}
 	most.CPUs, most.Memory = max(most.CPUs, size.CPUs), max(most.Memory, size.Memory)
+	clone := most
+	if c.VM.MaxClone > 0 {
+		clone.Memory = max(min(most.Memory, int64(c.VM.MaxClone)), size.Memory)
+	}
 	scratch, err := podvm.NewScratch(c.Root, int64(c.VM.Scratch))
 	if err != nil {
 		return err
 	}
 	o := podvm.Options{
 		Root: c.Root, State: c.State, Driver: found.driver, Drivers: found.all, Guest: g, Network: cni, Images: d.images,
-		Scope: c.VM.Template, Size: size, Max: most, Scratch: scratch, DAX: c.VM.DAX, NodeEmptyDirs: c.VM.EmptyDirs == "node", Warm: c.warm(found.driver.Name()), Observer: d.metrics,
+		Scope: c.VM.Template, Size: size, Max: most, MaxClone: clone, Scratch: scratch, DAX: c.VM.DAX, NodeEmptyDirs: c.VM.EmptyDirs == "node", Warm: c.warm(found.driver.Name()), Observer: d.metrics,
 		Shares: d.shares, Watchdog: time.Duration(c.VM.Watchdog),
 	}
 	d.templates, err = template.New(template.Options{ // also without a use for it: it removes what there was
 		Dir: filepath.Join(c.Root, "templates"), Run: c.State, Driver: found.driver,
 		Depends: []string{found.driver.Version(), g.Version, hostKernel(), fmt.Sprint("scratch ", int64(c.VM.Scratch))},
 		Config: vmm.Config{
-			Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: most, Disk: podvm.ScratchDisk(),
+			Kernel: g.Kernel, Initrd: g.Initrd, Cmdline: g.Cmdline, Size: size, Max: clone, Disk: podvm.ScratchDisk(),
 		},
 		Wants: func(scope string) bool {
 			return c.VM.Template == "node" && scope == "" || c.VM.Template == "namespace" && scope != ""
