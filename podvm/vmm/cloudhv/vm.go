@@ -284,15 +284,28 @@ func handshake(conn net.Conn, port uint32) error {
 	return nil
 }
 
+// panicDelay is how long a guest whose kernel panicked may take to write why to its console. That comes after the
+// event where another processor, or what the panic interrupted, was writing there.
+const panicDelay = 500 * time.Millisecond
+
 // watch follows the VMM's events to its end.
 func (v *vm) watch() {
+	var silent <-chan time.Time
 	for {
 		select {
 		case <-v.grown:
-			if cause := v.readEvents(); cause != nil {
-				v.Condemn(cause)
-				v.Process.Kill(context.Background())
+			cause := v.readEvents()
+			if cause == nil {
+				continue
 			}
+			v.Condemn(cause)
+			if cause == machine.ErrPanicked {
+				silent = time.After(panicDelay)
+				continue
+			}
+			v.Process.Kill(context.Background())
+		case <-silent:
+			v.Process.Kill(context.Background())
 		case <-v.Process.Done():
 			if cause := v.readEvents(); cause != nil { // a panic may be the last that it said
 				v.Condemn(cause)
