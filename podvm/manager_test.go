@@ -233,6 +233,16 @@ func (n *node) untilWaiting(c PodConfig, calls int) {
 	})
 }
 
+// asks for a pod; the channel has the answer.
+func (n *node) asks(ctx context.Context, c PodConfig) <-chan error {
+	answer := make(chan error, 1)
+	go func() {
+		_, err := n.Run(ctx, c)
+		answer <- err
+	}()
+	return answer
+}
+
 // TestRunCancelled: a start that all its callers have cancelled is given up, and nothing is left of it; with one
 // that waits it goes on.
 func TestRunCancelled(t *testing.T) {
@@ -241,17 +251,11 @@ func TestRunCancelled(t *testing.T) {
 		at, proceed := make(chan struct{}), make(chan struct{})
 		n.born = func(a *fakeAgent) { a.before["Setup"] = func() { close(at); <-proceed } }
 		ctx, cancel := context.WithCancel(t.Context())
-		ended, joined := make(chan error, 1), make(chan error, 1)
-		go func() {
-			_, err := n.Run(ctx, podConfig("web"))
-			ended <- err
-		}()
+		ended := n.asks(ctx, podConfig("web"))
 		<-at
+		var joined <-chan error
 		if waits {
-			go func() {
-				_, err := n.Run(soon(t), podConfig("web"))
-				joined <- err
-			}()
+			joined = n.asks(soon(t), podConfig("web"))
 			n.untilWaiting(podConfig("web"), 2)
 		}
 		cancel()
@@ -284,18 +288,11 @@ func TestRunAfterCancelled(t *testing.T) {
 	n.network.hook = sync.OnceFunc(func() { close(at); <-proceed })
 	n.network.mu.Unlock()
 	ctx, cancel := context.WithCancel(t.Context())
-	ended, joined := make(chan error, 1), make(chan error, 1)
-	go func() {
-		_, err := n.Run(ctx, podConfig("web"))
-		ended <- err
-	}()
+	ended := n.asks(ctx, podConfig("web"))
 	<-at
 	cancel()
 	<-ended
-	go func() {
-		_, err := n.Run(soon(t), podConfig("web"))
-		joined <- err
-	}()
+	joined := n.asks(soon(t), podConfig("web"))
 	n.untilWaiting(podConfig("web"), 1)
 	close(proceed)
 	if err := <-joined; err != nil {

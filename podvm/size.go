@@ -66,13 +66,14 @@ func (m *Manager) clonable(c PodConfig) bool {
 
 // allow refuses a change to more than the VM can have; what was above that before may stay.
 func (p *Pod) allow(before, want vmm.Size) error {
-	most := p.record.now().VM.Most()
+	v := p.record.now().VM
+	most := v.Most()
 	if want.CPUs > max(most.CPUs, before.CPUs) {
 		return fmt.Errorf("%d vCPUs, and the pod can have %d at most: raise vm.max_cpus, which holds for new pods: %w", want.CPUs, most.CPUs, errdefs.ErrOutOfRange)
 	}
 	if want.Memory > max(most.Memory, before.Memory) {
 		key := "vm.max_memory"
-		if p.record.now().VM.Template != "" && p.m.o.MaxClone.Memory < p.m.o.Max.Memory {
+		if v.Template != "" && p.m.o.MaxClone.Memory < p.m.o.Max.Memory {
 			key = "vm.max_clone_memory"
 		}
 		return fmt.Errorf("%d MiB of memory with the guest's own, and the pod can have %d at most: raise %s, which holds for new pods: %w", want.Memory>>20, most.Memory>>20, key, errdefs.ErrOutOfRange)

@@ -26,12 +26,7 @@ func (a *Agent) create(ctx context.Context, req *agent.CreateRequest) (*agent.Cr
 	if !ready {
 		return nil, fmt.Errorf("the guest has not been set up: %w", errdefs.ErrFailedPrecondition)
 	}
-	c, err := a.reserve(req.Id)
-	if err != nil {
-		return nil, err
-	}
-	image := func(c *container) (string, error) { return c.useImage(ctx, req.Rootfs) }
-	who, err := c.create(ctx, req, image)
+	_, who, err := a.createOfImage(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -40,6 +35,16 @@ func (a *Agent) create(ctx context.Context, req *agent.CreateRequest) (*agent.Cr
 		resp.Groups = append(resp.Groups, int64(g))
 	}
 	return resp, nil
+}
+
+// createOfImage makes a container of an image.
+func (a *Agent) createOfImage(ctx context.Context, req *agent.CreateRequest) (*container, account, error) {
+	c, err := a.reserve(req.Id)
+	if err != nil {
+		return nil, account{}, err
+	}
+	who, err := c.create(ctx, req, func(c *container) (string, error) { return c.useImage(ctx, req.Rootfs) })
+	return c, who, err
 }
 
 // create makes what was reserved, with the files that root finds below its writable layer. It gives

@@ -71,12 +71,8 @@ func (a *Agent) rehearse(ctx context.Context, req *agent.RehearseRequest) (err e
 
 // rehearseStart starts a container, which stays.
 func (a *Agent) rehearseStart(ctx context.Context, req *agent.RehearseRequest) error {
-	c, err := a.reserve(rehearsal)
+	c, _, err := a.createOfImage(ctx, &agent.CreateRequest{Id: rehearsal, Spec: req.Spec, Rootfs: req.Rootfs})
 	if err != nil {
-		return err
-	}
-	image := func(c *container) (string, error) { return c.useImage(ctx, req.Rootfs) }
-	if _, err := c.create(ctx, &agent.CreateRequest{Id: rehearsal, Spec: req.Spec, Rootfs: req.Rootfs}, image); err != nil {
 		return err
 	}
 	_, err = c.start(ctx)

@@ -273,3 +273,49 @@ func TestTemplateMustHaveItsMemory(t *testing.T) {
 		}
 	}
 }
+
+// TestPanicAgainAndAgain: a guest that says so does not put off its end.
+func TestPanicAgainAndAgain(t *testing.T) {
+	w, err := newWatcher()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &Driver{watcher: w}
+	defer d.Close()
+	c := vmm.Config{ID: "pod", Dir: t.TempDir()}
+	events, err := os.Create(eventsPath(c.Dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer events.Close()
+	l, err := tail.OpenPair(c.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := process.Start(process.Spec{Path: "/bin/sleep", Args: []string{"1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill(context.Background())
+	v, err := newVM(d, c, p, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go v.watch()
+	limit := time.After(20 * panicDelay)
+	for again := time.Tick(panicDelay / 4); ; {
+		select {
+		case <-again:
+			if _, err := events.WriteString(`{"source":"guest","event":"panic"}`); err != nil {
+				t.Fatal(err)
+			}
+		case <-v.Done():
+			if err := v.Info().Err; err == nil || !strings.Contains(err.Error(), "panicked") {
+				t.Errorf("it ended by %v", err)
+			}
+			return
+		case <-limit:
+			t.Fatal("it does not end")
+		}
+	}
+}

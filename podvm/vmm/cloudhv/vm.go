@@ -300,7 +300,9 @@ func (v *vm) watch() {
 			}
 			v.Condemn(cause)
 			if cause == machine.ErrPanicked {
-				silent = time.After(panicDelay)
+				if silent == nil { // a guest can say so again and again
+					silent = time.After(panicDelay)
+				}
 				continue
 			}
 			v.Process.Kill(context.Background())
