@@ -16,6 +16,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
+	grpccodes "google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -207,6 +209,27 @@ func TestHostileAnswers(t *testing.T) {
 		if now, err := c.current(); now != nil || err != nil {
 			t.Errorf("%s: the client keeps it: %v", name, err)
 		}
+	}
+}
+
+// TestHostileDetails: the errors that a guest adds to one as its details are not read.
+func TestHostileDetails(t *testing.T) {
+	inner, err := status.New(grpccodes.NotFound, "inner").WithDetails(&RemoveRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	outer, err := status.New(grpccodes.Unavailable, "outer").WithDetails(inner.Proto())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := NewClient(answering(typeResponse, marshal(&ttrpc.Response{Status: outer.Proto()})))
+	defer c.Close()
+	r, err := c.RPC(within(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Remove(within(t), &RemoveRequest{}); err == nil || err.Error() != "outer" || !errdefs.IsUnavailable(err) || errdefs.IsNotFound(err) {
+		t.Errorf("%v, want the outer error alone", err)
 	}
 }
 

@@ -66,7 +66,8 @@ type guestError struct {
 func (e guestError) Error() string { return e.text }
 func (e guestError) Unwrap() error { return e.kind }
 
-// fromRPC gives an error of a ttrpc call its errdefs kind and bounds its text.
+// fromRPC gives an error of a ttrpc call its errdefs kind and bounds its text. Details that the guest adds stay
+// unread: they hold further errors, as deep as it likes.
 func fromRPC(err error) error {
 	switch {
 	case err == nil:
@@ -74,10 +75,11 @@ func fromRPC(err error) error {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	}
-	if _, ok := status.FromError(err); !ok {
+	st, ok := status.FromError(err)
+	if !ok {
 		return fmt.Errorf("the channel to the agent broke: %w: %w", err, errdefs.ErrUnavailable)
 	}
-	native := errgrpc.ToNative(err)
+	native := errgrpc.ToNative(status.Error(st.Code(), st.Message()))
 	kind := errdefs.Resolve(native)
 	if kind == nil || kind == native {
 		kind = errdefs.ErrInternal
