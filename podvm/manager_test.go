@@ -379,14 +379,22 @@ func TestStopRemoveIdempotent(t *testing.T) {
 func TestStopFailsAndIsTriedAgain(t *testing.T) {
 	n := newNode(t)
 	p := n.pod(podConfig("web"))
+	c := n.running(p, containerConfig("main"))
+	n.agentOf(p.ID()).do(func() { n.agentOf(p.ID()).fail["Signal"] = errInjected })
 	n.driver.Fail("Kill", errInjected)
-	if err := p.Stop(soon(t)); !errors.Is(err, errInjected) {
-		t.Errorf("got %v", err)
+	if err := p.Stop(soon(t)); !errors.Is(err, errInjected) || c.Status().State != Running {
+		t.Errorf("got %v, and a container is %v whose VM is not known to have ended", err, c.Status().State)
 	}
 	n.driver.Fail("Kill", nil)
 	n.network.failing("Teardown", errInjected)
 	if err := p.Remove(soon(t)); !errors.Is(err, errInjected) {
 		t.Errorf("got %v", err)
+	}
+	if s := c.Status(); s.State != Exited {
+		t.Errorf("the VM has ended, and its container is %v", s.State)
+	}
+	if s := p.Status(); s.State != NotReady || s.Reason != stopReason {
+		t.Errorf("the VM has ended, and its pod is %v, %s", s.State, s.Reason)
 	}
 	n.network.failing("", nil)
 	if err := p.Remove(soon(t)); err != nil {

@@ -182,30 +182,38 @@ func (p *Pod) stop(ctx context.Context) error {
 		return nil
 	}
 	p.quiesce(ctx)
+	ended := false
 	var group errgroup.Group // what fails does not stop a plugin in the middle
-	group.Go(func() error { return p.killMachine(ctx) })
+	group.Go(func() error {
+		if err := p.killMachine(ctx); err != nil {
+			return err
+		}
+		ended = true
+		return p.release(ctx)
+	})
 	group.Go(func() error {
 		return p.m.o.Network.Teardown(ctx, networkPod(p.id, p.record.now().Config))
 	})
-	if err := group.Wait(); err != nil {
+	err := group.Wait()
+	if !ended {
 		return err
 	}
 	p.endContainers(stopReason, "")
-	if err := errors.Join(removeCgroup(p.record.now().VM.Cgroup), os.RemoveAll(p.m.layout.run(p.id))); err != nil {
-		return err
+	if err == nil {
+		err = errors.Join(removeCgroup(p.record.now().VM.Cgroup), os.RemoveAll(p.m.layout.run(p.id)))
 	}
 	was := p.record.now().Stage
 	p.note("record that the pod stopped", p.record.set(func(r *podRecord) {
 		if r.Stage != stopped {
 			r.Reason = stopReason
 		}
-		r.Stage, r.Down = stopped, true
+		r.Stage, r.Down = stopped, err == nil
 	}))
 	if was != stopped {
 		slog.Info("pod stopped", "pod", p.id)
 		p.m.events.send(Event{Kind: EventStopped, Pod: p.Status()})
 	}
-	return nil
+	return err
 }
 
 // stopReason is that of pods, and containers in them, which were stopped because somebody asked.
@@ -243,7 +251,7 @@ func (p *Pod) quiesce(ctx context.Context) {
 	group.Wait()
 }
 
-// killMachine ends the VM on purpose and gives back what it had of the node.
+// killMachine ends the VM on purpose.
 func (p *Pod) killMachine(ctx context.Context) error {
 	p.mu.Lock()
 	p.leaving = true
@@ -253,7 +261,7 @@ func (p *Pod) killMachine(ctx context.Context) error {
 		return fmt.Errorf("kill its VM: %w", err)
 	}
 	p.setMachine(nil)
-	return p.release(ctx)
+	return nil
 }
 
 // endVM ends the VM, also one that only a former daemon knew. It is idempotent.

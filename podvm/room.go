@@ -14,26 +14,38 @@ import (
 // directories and the node's kernel, whose tables of a guest's pages take a 256th of them.
 func vmmMemory(guest int64) int64 { return 32<<20 + guest/128 }
 
-// makeRoom raises the memory limit of the cgroup that the kubelet made for a pod: it is what the containers may
+// makeRoom raises the memory limits of the cgroup that the kubelet made for a pod: it is what the containers may
 // use, and the RuntimeClass's overhead, where there is one. The VM takes more than they, and the guest holds them
-// to their limits: without room the node would end the VM where one container has reached its own. A limit below
-// the kubelet's is somebody's who means it.
+// to their limits: without room the node would end the VM where one container has reached its own, and slow it
+// down from where the kubelet wants them slowed down (memory.high). A limit below the kubelet's is somebody's who
+// means it.
 func (p *Pod) makeRoom(c PodConfig) {
 	want, group := p.room(c), p.record.now().VM.Cgroup
 	if group == "" || want == 0 {
 		return
 	}
-	file := filepath.Join(filepath.Dir(group), "memory.max")
-	now, err := readLimit(file)
-	if err == nil && (now < c.memoryMax()-pageSize || now >= want) { // limits are whole pages
+	dir := filepath.Dir(group)
+	now, err := readLimit(filepath.Join(dir, "memory.max"))
+	if err == nil && now < c.memoryMax()-pageSize { // limits are whole pages
 		return
 	}
-	if err == nil {
-		err = os.WriteFile(file, strconv.AppendInt(nil, want, 10), 0)
+	for _, name := range []string{"memory.max", "memory.high"} {
+		if err == nil {
+			err = raise(filepath.Join(dir, name), want)
+		}
 	}
 	if err != nil {
 		slog.Warn("no room for the VM in the pod's cgroup", "pod", p.id, "err", err)
 	}
+}
+
+// raise makes a limit that is lower the one that is wanted.
+func raise(file string, want int64) error {
+	now, err := readLimit(file)
+	if err != nil || now >= want {
+		return err
+	}
+	return os.WriteFile(file, strconv.AppendInt(nil, want, 10), 0)
 }
 
 var pageSize = int64(os.Getpagesize())

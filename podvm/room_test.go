@@ -41,13 +41,23 @@ func TestMakeRoom(t *testing.T) {
 		"none":                                {256 * mib, 0, "max\n", "max\n"},
 		"the pod has none":                    {0, 0, fmt.Sprintln(256 * mib), fmt.Sprintln(256 * mib)},
 	} {
-		dir := n.inCgroup(p, map[string]string{"memory.max": c.now})
+		dir := n.inCgroup(p, map[string]string{"memory.max": c.now, "memory.high": "max\n"})
 		config := podConfig("web")
 		config.Resources, config.Overhead = &Resources{Memory: c.limit}, &Resources{Memory: c.overhead}
 		p.makeRoom(config)
 		if got, err := os.ReadFile(filepath.Join(dir, "memory.max")); err != nil || string(got) != c.want {
 			t.Errorf("%s: %q, %v; want %q", name, got, err, c.want)
 		}
+		if got, err := readLimit(filepath.Join(dir, "memory.high")); err != nil || got != unlimited {
+			t.Errorf("%s: memory.high is %d, %v", name, got, err)
+		}
+	}
+	dir := n.inCgroup(p, map[string]string{"memory.max": fmt.Sprintln(256 * mib), "memory.high": fmt.Sprintln(192 * mib)})
+	config := podConfig("web")
+	config.Resources = &Resources{Memory: 256 * mib}
+	p.makeRoom(config)
+	if got, err := readLimit(filepath.Join(dir, "memory.high")); err != nil || got != p.room(config) {
+		t.Errorf("where the kubelet has containers slowed down, the VM is from %d on, %v; want %d", got, err, p.room(config))
 	}
 }
 
@@ -59,7 +69,7 @@ func TestUpdateAfterRoom(t *testing.T) {
 		config := podConfig("web")
 		config.Resources, config.Overhead = &Resources{Memory: 256 * mib}, &Resources{Memory: overhead}
 		p := n.pod(config)
-		dir := n.inCgroup(p, map[string]string{"memory.max": fmt.Sprintln(256*mib + overhead)})
+		dir := n.inCgroup(p, map[string]string{"memory.max": fmt.Sprintln(256*mib + overhead), "memory.high": "max\n"})
 		p.makeRoom(config)
 		var sizes []int64
 		for range 3 {

@@ -331,6 +331,9 @@ func (p *Pod) unfinished(err error) {
 // erase takes back all that belongs to the pod, from its id alone. It is idempotent.
 func (p *Pod) erase(ctx context.Context) error {
 	err := p.killMachine(ctx)
+	if err == nil {
+		err = p.release(ctx)
+	}
 	r := p.record.now()
 	err = errors.Join(err, p.m.o.Network.Teardown(ctx, networkPod(p.id, r.Config)), removeCgroup(r.VM.Cgroup))
 	if err != nil {
