@@ -32,6 +32,7 @@ func TestPods(t *testing.T) {
 		{"Grace", testGrace},
 		{"TerminationMessage", testTerminationMessage},
 		{"Volumes", testVolumes},
+		{"ImageVolumes", testImageVolumes},
 		{"HostDirectory", testHostDirectory},
 		{"HostDirectoryRefused", testHostDirectoryRefused},
 		{"Resources", testResources},

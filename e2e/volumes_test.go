@@ -121,3 +121,21 @@ func testVolumes(t *testing.T, d *harness.Daemon) {
 		harness.Eventually(t, "the new version", func() error { return holds(name, "2") })
 	}
 }
+
+// testImageVolumes: what an image declares as a volume can be written to under a read-only root, each container has
+// its own, and what the pod mounts there is seen instead.
+func testImageVolumes(t *testing.T, d *harness.Daemon) {
+	mounted := filepath.Join(t.TempDir(), "pods", "uid", "volumes", "kubernetes.io~configmap", "mounted")
+	kubeletVolume(t, mounted, "1", 1, 1)
+	pod := d.RunPod()
+	for range 2 {
+		c := pod.Run(images.Stateful, sleeper, func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = []*runtimeapi.Mount{{HostPath: mounted, ContainerPath: "/mounted", Readonly: true}}
+			c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{ReadonlyRootfs: true}
+		})
+		const script = "cat /seeded/seed; stat -c %a /seeded/seed; echo more >>/seeded/seed; echo x >/made/new; ls /made /mounted; touch /x 2>&1 | grep -c Read-only"
+		if out := c.Exec("sh", "-c", script); out != "seed\n640\n/made:\nnew\n\n/mounted:\nkey0\n1\n" {
+			t.Errorf("got %q", out)
+		}
+	}
+}

@@ -70,7 +70,7 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	if err := c.openLog(); err != nil {
 		return nil, err
 	}
-	u.Push("close log", func(context.Context) error { return c.closeLog() })
+	u.Push("discard log", func(context.Context) error { return c.log.discard() })
 	if err := n.time("size", func() error { return p.grow(ctx, config.Resources) }); err != nil {
 		return nil, err
 	}
@@ -175,10 +175,14 @@ func (n *newContainer) request(ctx context.Context) (*agent.CreateRequest, error
 	}); err != nil {
 		return nil, err
 	}
+	volumes, err := imageVolumes(image.Config.Config.Volumes, r.Config.Mounts)
+	if err != nil {
+		return nil, err
+	}
 	s := r.Config.Security
 	return &agent.CreateRequest{
 		Id: r.ID, Spec: data, Rootfs: &agent.Rootfs{ImageAddr: address, Dax: isPMEM(address), Readonly: s.ReadOnlyRootfs},
-		Mounts: mounts, User: guestUser(s.User, image.Config.Config.User),
+		Mounts: mounts, Volumes: volumes, User: guestUser(s.User, image.Config.Config.User),
 		Stdin: r.Config.Stdin, StdinOnce: r.Config.StdinOnce,
 		SharePid: s.PIDMode == "pod", GuestPid: s.PIDMode == "node", TargetPid: s.targetPID(),
 	}, nil

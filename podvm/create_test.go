@@ -62,6 +62,9 @@ func TestCreateUndone(t *testing.T) {
 			if err != nil || len(entries) > 0 {
 				t.Errorf("files are left: %v, %v", entries, err)
 			}
+			if logs, err := filepath.Glob(filepath.Join(pod.LogDir, "*")); name != "log" && len(logs) > 0 {
+				t.Errorf("a log is left, which the kubelet counts as a restart: %v, %v", logs, err)
+			}
 			if len(p.Containers())+len(n.Containers()) > 0 || len(a.containers) > 0 {
 				t.Error("a container is left")
 			}

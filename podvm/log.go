@@ -33,6 +33,7 @@ type logWriter struct {
 	position position
 	noted    position // what the note says
 	torn     bool     // the file may have more than the position says
+	made     bool     // it made the file
 	buf      []byte
 }
 
@@ -67,7 +68,12 @@ func (w *logWriter) open() error {
 		return nil
 	}
 	// A link in the file's place was not made by the kubelet.
-	f, err := os.OpenFile(w.path, os.O_CREATE|os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
+	const flags = os.O_CREATE | os.O_RDWR | os.O_APPEND | unix.O_NOFOLLOW
+	f, err := os.OpenFile(w.path, flags|os.O_EXCL, 0o640)
+	w.made = err == nil
+	if errors.Is(err, fs.ErrExist) {
+		f, err = os.OpenFile(w.path, flags, 0o640)
+	}
 	if err != nil {
 		return fmt.Errorf("container log: %w", noSpace(err, w.path))
 	}
@@ -257,6 +263,18 @@ func (w *logWriter) reopen() error {
 		return err
 	}
 	return old.Close()
+}
+
+// discard closes the log of a container that was not made. The kubelet counts the restarts of one that it finds
+// no record of by the files of their logs.
+func (w *logWriter) discard() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var err error
+	if w.made && w.position.Size == 0 {
+		err = os.Remove(w.path)
+	}
+	return errors.Join(err, w.closeFiles())
 }
 
 // close is idempotent.

@@ -211,7 +211,7 @@ func guestEmptyDir(root, sub string) (*agent.EmptyDir, error) {
 		return nil, err
 	}
 	if file.Type == unix.HUGETLBFS_MAGIC {
-		return nil, fmt.Errorf("medium HugePages: a guest has no huge pages set aside; use medium Memory, or %s: %w", elsewhere, errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("medium HugePages, instead of which use medium Memory: %w", errHugePages)
 	}
 	if file.Type == unix.TMPFS_MAGIC && file.Fsid != parent.Fsid {
 		e.Memory, e.Size = true, int64(file.Blocks)*file.Bsize

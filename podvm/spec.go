@@ -39,8 +39,7 @@ func ociSpec(pod PodConfig, c ContainerConfig, image ocispec.ImageConfig) (*spec
 	if c.Security.Privileged { // the guest's whole tree of cgroups, as on a node
 		s.Linux.Namespaces = s.Linux.Namespaces[:2]
 	}
-	s.Linux.Resources, err = resources(c.Resources.inGuest())
-	if err != nil {
+	if s.Linux.Resources, err = resources(c.Resources); err != nil {
 		return nil, err
 	}
 	s.Linux.Resources.Devices = deviceRules(c.Security.Privileged)
@@ -151,10 +150,16 @@ func deviceRules(privileged bool) []specs.LinuxDeviceCgroup {
 	}
 }
 
-// resources are the OCI's words for limits: 0 leaves one as it is, a negative one lifts it.
+// resources are the OCI's words for limits: 0 leaves one as it is, a negative one lifts it. CPUs have no numbers
+// there: the guest's are others than the node's, and as many as the pod may use.
 func resources(r Resources) (*specs.LinuxResources, error) {
+	for size, limit := range r.HugepageLimits { // the kubelet sets 0 for every size that the node has
+		if limit > 0 {
+			return nil, fmt.Errorf("hugepages of %s: %w", size, errHugePages)
+		}
+	}
 	l := &specs.LinuxResources{Unified: r.Unified}
-	cpu := &specs.LinuxCPU{Cpus: r.CPUSetCPUs, Mems: r.CPUSetMems}
+	cpu := &specs.LinuxCPU{}
 	if r.CPUShares > 0 {
 		shares := uint64(r.CPUShares)
 		cpu.Shares = &shares
@@ -177,26 +182,10 @@ func resources(r Resources) (*specs.LinuxResources, error) {
 		}
 		l.Memory = &specs.LinuxMemory{Limit: &r.Memory, Swap: &swap}
 	}
-	for size, limit := range r.HugepageLimits {
-		l.HugepageLimits = append(l.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: size, Limit: limit})
-	}
 	return l, nil
 }
 
-// inGuest is what of the limits has a meaning in the guest. CPUs are numbered on the node as they are
-// not in the guest, and its vCPUs are as many as the pod may use. Limits on huge pages of 0, which the
-// kubelet sets for every size that the node has, hold in a guest without huge pages.
-func (r Resources) inGuest() Resources {
-	r.CPUSetCPUs, r.CPUSetMems = "", ""
-	huge := map[string]uint64{}
-	for size, limit := range r.HugepageLimits {
-		if limit > 0 {
-			huge[size] = limit
-		}
-	}
-	r.HugepageLimits = huge
-	return r
-}
+var errHugePages = fmt.Errorf("a guest has no huge pages set aside; leave them out, or %s: %w", elsewhere, errdefs.ErrNotImplemented)
 
 // pinned tells whether CPUs or memory of the node are asked for by their numbers.
 func (r Resources) pinned() bool { return r.CPUSetCPUs != "" || r.CPUSetMems != "" }
@@ -211,7 +200,7 @@ func warnPinned(container string, before, after Resources) {
 
 // linuxResources is what the agent's Update takes.
 func linuxResources(r Resources) ([]byte, error) {
-	l, err := resources(r.inGuest())
+	l, err := resources(r)
 	if err != nil {
 		return nil, err
 	}

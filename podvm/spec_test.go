@@ -190,13 +190,13 @@ func TestSeccompProfileOfNode(t *testing.T) {
 func TestResources(t *testing.T) {
 	l, err := resources(Resources{
 		CPUPeriod: 100_000, CPUQuota: 50_000, CPUShares: 512, Memory: 64 << 20, CPUSetCPUs: "0-1", CPUSetMems: "0",
-		HugepageLimits: map[string]uint64{"2MB": 4 << 20}, Unified: map[string]string{"memory.high": "1"},
+		HugepageLimits: map[string]uint64{"2MB": 0}, Unified: map[string]string{"memory.high": "1"},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if *l.CPU.Quota != 50_000 || *l.CPU.Period != 100_000 || *l.CPU.Shares != 512 || l.CPU.Cpus != "0-1" || l.CPU.Mems != "0" ||
-		*l.Memory.Limit != 64<<20 || *l.Memory.Swap != 64<<20 || l.HugepageLimits[0].Limit != 4<<20 || l.Unified["memory.high"] != "1" {
+	if *l.CPU.Quota != 50_000 || *l.CPU.Period != 100_000 || *l.CPU.Shares != 512 || l.CPU.Cpus+l.CPU.Mems != "" ||
+		*l.Memory.Limit != 64<<20 || *l.Memory.Swap != 64<<20 || l.HugepageLimits != nil || l.Unified["memory.high"] != "1" {
 		data, _ := json.Marshal(l)
 		t.Errorf("got %s", data)
 	}
@@ -211,5 +211,8 @@ func TestResources(t *testing.T) {
 	}
 	if _, err = resources(Resources{Memory: 2 << 20, MemorySwap: 1 << 20}); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("less swap than memory: %v", err)
+	}
+	if _, err = resources(Resources{HugepageLimits: map[string]uint64{"1GB": 0, "2MB": 4 << 20}}); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "2MB") {
+		t.Errorf("huge pages that a guest has not: %v", err)
 	}
 }

@@ -131,7 +131,14 @@ func servers(_ context.Context, root string, b *base) ([]Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	config := busybox()
+	config.Volumes = map[string]struct{}{"/seeded": {}, "/made": {}, "/mounted": {}}
+	stateful, err := b.with(config, new(Layer).File("seeded/seed", 0o640, "seed\n").File("mounted/hidden", 0o644, ""))
+	if err != nil {
+		return nil, err
+	}
 	return []Image{
+		{Refs: []string{Stateful}, Single: stateful},
 		{Refs: []string{Busybox, "registry.k8s.io/e2e-test-images/busybox:1.29-2"}, Single: shell, Index: shells},
 		{Refs: []string{Nginx, "registry.k8s.io/e2e-test-images/nginx:1.14-2"}, Single: web, Index: webs},
 		{Refs: []string{"gcr.io/k8s-staging-cri-tools/hostnet-nginx-amd64:latest"}, Single: hostnet},

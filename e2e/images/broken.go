@@ -16,6 +16,8 @@ const (
 	Busybox = "docker.io/library/busybox:1.35"
 	Nginx   = "docker.io/library/nginx:1.22"
 	Torture = "docker.io/caisson/torture:1"
+	// Stateful declares the volumes /seeded, which holds a file, /made, which is not there, and /mounted.
+	Stateful = "docker.io/caisson/stateful:1"
 	// Private is busybox in a registry that wants a password.
 	Private = "private.test/caisson/private:1"
 	// Large has a layer of LargeBytes that do not compress; tests also break its transfer.

@@ -34,7 +34,7 @@ func TestBuiltImagesAreWhole(t *testing.T) {
 			t.Errorf("%s: broken is %v, but %v", ref, broken, err)
 		}
 	}
-	for _, ref := range []string{Busybox, Nginx, Torture, Private, Large, Garbage, WrongDiffID} {
+	for _, ref := range []string{Busybox, Nginx, Torture, Stateful, Private, Large, Garbage, WrongDiffID} {
 		if !seen[ref] {
 			t.Errorf("%s was not built", ref)
 		}

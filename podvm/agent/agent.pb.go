@@ -729,6 +729,7 @@ type CreateRequest struct {
 	SharePid      bool                   `protobuf:"varint,8,opt,name=share_pid,json=sharePid,proto3" json:"share_pid,omitempty"`    // use the pod's PID namespace (made on first use)
 	TargetPid     string                 `protobuf:"bytes,9,opt,name=target_pid,json=targetPid,proto3" json:"target_pid,omitempty"`  // container whose PID namespace to join; ""
 	GuestPid      bool                   `protobuf:"varint,10,opt,name=guest_pid,json=guestPid,proto3" json:"guest_pid,omitempty"`   // CRI NODE mode: the guest's own PID namespace
+	Volumes       []string               `protobuf:"bytes,11,rep,name=volumes,proto3" json:"volumes,omitempty"`                      // paths that the image declares as volumes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -831,6 +832,13 @@ func (x *CreateRequest) GetGuestPid() bool {
 		return x.GuestPid
 	}
 	return false
+}
+
+func (x *CreateRequest) GetVolumes() []string {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
 }
 
 type CreateResponse struct {
@@ -2950,7 +2958,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\"W\n" +
 	"\x0fRehearseRequest\x12\x12\n" +
 	"\x04spec\x18\x01 \x01(\fR\x04spec\x120\n" +
-	"\x06rootfs\x18\x02 \x01(\v2\x18.caisson.agent.v1.RootfsR\x06rootfs\"\xd0\x02\n" +
+	"\x06rootfs\x18\x02 \x01(\v2\x18.caisson.agent.v1.RootfsR\x06rootfs\"\xea\x02\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x120\n" +
@@ -2964,7 +2972,8 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"target_pid\x18\t \x01(\tR\ttargetPid\x12\x1b\n" +
 	"\tguest_pid\x18\n" +
-	" \x01(\bR\bguestPid\"L\n" +
+	" \x01(\bR\bguestPid\x12\x18\n" +
+	"\avolumes\x18\v \x03(\tR\avolumes\"L\n" +
 	"\x0eCreateResponse\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\x03R\x03uid\x12\x10\n" +
 	"\x03gid\x18\x02 \x01(\x03R\x03gid\x12\x16\n" +

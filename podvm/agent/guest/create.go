@@ -105,7 +105,11 @@ func (c *container) make(ctx context.Context, req *agent.CreateRequest, root fun
 	if err != nil {
 		return account{}, err
 	}
-	spec.Mounts = c.a.arrange(spec.Mounts, wanted)
+	volumes, err := c.imageVolumes(image, req.Volumes)
+	if err != nil {
+		return account{}, err
+	}
+	spec.Mounts = c.a.arrange(spec.Mounts, append(volumes, wanted...))
 	if err := giveDevices(spec); err != nil {
 		return account{}, err
 	}

@@ -90,6 +90,23 @@ func TestMounts(t *testing.T) {
 	r.remove()
 }
 
+// TestMountOrder: what is mounted below another place is seen there, in whatever order they are asked for.
+func TestMountOrder(t *testing.T) {
+	ctx, c := startAgent(t)
+	emptyDir := func(at, name string) *agent.Mount {
+		return &agent.Mount{Destination: at, Source: &agent.Mount_EmptyDir{EmptyDir: &agent.EmptyDir{Name: name}}}
+	}
+	r, _ := create(t, ctx, c, "one", specOf("sh", "-c", "cat /data/certs/key; ls -A /etc"), &agent.CreateRequest{Mounts: []*agent.Mount{
+		{Destination: "/data/certs/", Source: &agent.Mount_Files{Files: files("certs", configMap("1", "one")...)}},
+		emptyDir("/data", "data"), emptyDir("/etc", "etc"),
+	}})
+	r.start()
+	if out, errs := r.logs(); out != "one\nhostname\nresolv.conf\n" && out != "onehostname\nresolv.conf\n" {
+		t.Errorf("got %q, %q", out, errs)
+	}
+	r.remove()
+}
+
 func TestSubPathStaysInside(t *testing.T) {
 	ctx, c := startAgent(t)
 	mount := func(sub string) *agent.CreateRequest {

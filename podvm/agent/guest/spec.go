@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"path"
@@ -95,8 +96,8 @@ func (a *Agent) podMounts() []specs.Mount {
 	}
 }
 
-// arrange puts the mounts into their order: the standard ones, the spec's, the pod's, the
-// container's. A later one at the same place replaces those before.
+// arrange puts the mounts into their order: the standard ones, the spec's, then the pod's and the container's,
+// what is above before what is below it. A later one at the same place replaces those before.
 func (a *Agent) arrange(own, wanted []specs.Mount) []specs.Mount {
 	std := standard
 	if a.o.NoCgroups {
@@ -115,8 +116,13 @@ func (a *Agent) arrange(own, wanted []specs.Mount) []specs.Mount {
 		taken[path.Clean(m.Destination)] = true
 	}
 	std = slices.DeleteFunc(slices.Clone(std), func(m specs.Mount) bool { return taken[m.Destination] })
-	return slices.Concat(std, own, pod, wanted)
+	ordered := slices.Concat(pod, wanted)
+	slices.SortStableFunc(ordered, func(x, y specs.Mount) int { return cmp.Compare(depth(x), depth(y)) })
+	return slices.Concat(std, own, ordered)
 }
+
+// depth is how many directories the place of a mount is below the root.
+func depth(m specs.Mount) int { return strings.Count(path.Clean(m.Destination), "/") }
 
 // execProcess is the process of an exec: what the request leaves out is as the container's own has it.
 func execProcess(base *specs.Process, h agent.Header) ([]byte, error) {

@@ -41,6 +41,10 @@ var settings = map[string]string{
 	"user/max_uts_namespaces":      "524288",
 	"user/max_cgroup_namespaces":   "524288",
 	"user/max_time_namespaces":     "524288",
+
+	// Whoever is not root may listen on every port, and ping, as with containerd. The pod's own sysctls come after.
+	"net/ipv4/ip_unprivileged_port_start": "0",
+	"net/ipv4/ping_group_range":           "0 2147483647",
 }
 
 func limits() error {
