@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -346,38 +345,6 @@ func (p *Pod) Stats(ctx context.Context) (PodStats, error) {
 		return PodStats{}, fmt.Errorf("stats of pod %s: %w", p.id, err)
 	}
 	return podStats(r), nil
-}
-
-// PortForward connects the stream to a TCP port on the pod's loopback, until both sides have ended.
-// Errors: errdefs.ErrFailedPrecondition when nobody listens there.
-func (p *Pod) PortForward(ctx context.Context, port uint16, stream io.ReadWriteCloser) error {
-	if !p.running() {
-		return p.notReady()
-	}
-	conn, err := p.client.PortForward(ctx, port)
-	if err != nil {
-		return fmt.Errorf("port %d of pod %s: %w", port, p.id, err)
-	}
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	return relay(conn, stream)
-}
-
-// relay copies both ways; the end of one direction is passed on, and the other goes on.
-func relay(conn net.Conn, stream io.ReadWriteCloser) error {
-	defer conn.Close()
-	up := make(chan error, 1)
-	go func() {
-		_, err := io.Copy(conn, stream)
-		if half, ok := conn.(interface{ CloseWrite() error }); ok {
-			err = errors.Join(err, half.CloseWrite())
-		}
-		up <- err
-	}()
-	_, err := io.Copy(stream, conn)
-	stream.Close() // all that the pod had to say was said: the client's next word would reach nobody
-	conn.Close()   // nor does what it has said already, where the pod does not read
-	<-up
-	return err
 }
 
 // printable cuts and cleans a text that came from the guest.
