@@ -78,32 +78,41 @@ func (p *served) look() {
 const (
 	// Pauses between attempts to mend: a guest that can break things may not keep the node busy.
 	pauseMin, pauseMax = 100 * time.Millisecond, time.Minute
+	// calm is how long after an attempt the next one has no pause before it.
+	calm = 2 * pauseMax
 	// mendLimit bounds an attempt.
 	mendLimit = 30 * time.Second
 )
 
 // mend has all directories served, until the pod is released: it replaces a process that has died, and
-// joins guests again whose stream has ended.
+// joins guests again whose stream has ended. What was mended may break at once, and is paused for as well.
 func (p *served) mend() {
-	pause := pauseMin
-	for last := time.Now(); ; {
-		select {
-		case <-p.broken:
-		case <-time.After(pauseMax):
-		case <-p.life.Done():
-			return
+	pause, last := pauseMin, time.Time{}
+	for failed := false; ; {
+		due := failed
+		if !due {
+			select {
+			case <-p.broken:
+				due = true
+			case <-time.After(pauseMax):
+			case <-p.life.Done():
+				return
+			}
 		}
-		if time.Since(last) > 2*pauseMax {
+		switch {
+		case time.Since(last) > calm:
 			pause = pauseMin
-		}
-		for !p.mended() {
-			last = time.Now()
+		case due:
 			select {
 			case <-time.After(pause):
 			case <-p.life.Done():
 				return
 			}
 			pause = min(2*pause, pauseMax)
+		}
+		failed = !p.mended()
+		if due || failed { // nothing may have been to mend where nobody said so
+			last = time.Now()
 		}
 	}
 }
