@@ -36,6 +36,8 @@ type fakePod struct {
 	all    *fakePods
 	status podvm.PodStatus
 	stats  func(ctx context.Context) (podvm.PodStats, error)
+	// forward is what PortForward does instead.
+	forward func(ctx context.Context, stream io.ReadWriteCloser) error
 	// updates are the resources of the calls of Update.
 	updates []*podvm.Resources
 	// refusal is the error of Create.
@@ -176,7 +178,10 @@ func (p *fakePod) Stats(ctx context.Context) (podvm.PodStats, error) {
 }
 
 // PortForward answers with the port and then echoes.
-func (p *fakePod) PortForward(_ context.Context, port uint16, stream io.ReadWriteCloser) error {
+func (p *fakePod) PortForward(ctx context.Context, port uint16, stream io.ReadWriteCloser) error {
+	if p.forward != nil {
+		return p.forward(ctx, stream)
+	}
 	if port == 1 {
 		return fmt.Errorf("connect to port 1 in the pod: connection refused: %w", errdefs.ErrUnavailable)
 	}

@@ -28,12 +28,13 @@ const headerLimit = 30 * time.Second
 // the loopback interface. Its URLs hold a random token that is good once, for a minute: without
 // one of them the port does nothing.
 type streams struct {
-	pods   Pods
-	log    *slog.Logger
-	server streaming.Server
-	http   *http.Server
-	done   chan struct{} // closed by Close
-	ended  chan error    // what http.Serve returned
+	pods    Pods
+	log     *slog.Logger
+	server  streaming.Server
+	http    *http.Server
+	clients clients
+	done    chan struct{} // closed by Close
+	ended   chan error    // what http.Serve returned
 }
 
 func newStreams(ctx context.Context, pods Pods, log *slog.Logger) (*streams, error) {
@@ -48,7 +49,7 @@ func newStreams(ctx context.Context, pods Pods, log *slog.Logger) (*streams, err
 	if s.server, err = streaming.NewServer(config, s); err != nil {
 		return nil, errors.Join(fmt.Errorf("streaming server: %w", err), l.Close())
 	}
-	s.http = &http.Server{Handler: s.server, ReadHeaderTimeout: headerLimit}
+	s.http = &http.Server{Handler: s.clients.serve(s.server), ConnContext: withConn, ReadHeaderTimeout: headerLimit}
 	go func() { s.ended <- s.http.Serve(l) }()
 	return s, nil
 }
@@ -65,7 +66,7 @@ func (s *streams) Close() error {
 
 // Exec runs a command for a client that has connected. It implements streaming.Runtime.
 func (s *streams) Exec(ctx context.Context, id string, command []string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) (err error) {
-	ctx, end := s.begin(ctx, "exec", "container", id, &err)
+	ctx, end := s.begin(ctx, nil, "exec", "container", id, &err)
 	defer end()
 	c, in, err := s.target(id, in)
 	if err != nil {
@@ -83,7 +84,7 @@ func (s *streams) Exec(ctx context.Context, id string, command []string, in io.R
 
 // Attach connects a client to a container until either of them ends.
 func (s *streams) Attach(ctx context.Context, id string, in io.Reader, out, errOut io.WriteCloser, _ bool, resize <-chan remotecommand.TerminalSize) (err error) {
-	ctx, end := s.begin(ctx, "attach", "container", id, &err)
+	ctx, end := s.begin(ctx, nil, "attach", "container", id, &err)
 	defer end()
 	c, in, err := s.target(id, in)
 	if err != nil {
@@ -92,9 +93,9 @@ func (s *streams) Attach(ctx context.Context, id string, in io.Reader, out, errO
 	return c.Attach(ctx, stdio(ctx, in, out, errOut, resize))
 }
 
-// PortForward carries one connection to a port inside the pod.
+// PortForward carries one connection to a port inside the pod, until its ends or its client have gone.
 func (s *streams) PortForward(ctx context.Context, id string, port int32, stream io.ReadWriteCloser) (err error) {
-	ctx, end := s.begin(ctx, "port-forward", "pod", id, &err)
+	ctx, end := s.begin(ctx, s.clients.of(stream), "port-forward", "pod", id, &err)
 	defer end()
 	if err := checkPort(port); err != nil {
 		return err
@@ -130,14 +131,16 @@ func (s *streams) target(id string, in io.Reader) (Container, io.Reader, error) 
 	return c, in, checkRunning(c)
 }
 
-// begin ties a stream's context to the server; the function it returns ends the stream: it turns
-// a panic into an error and writes the log line.
-func (s *streams) begin(ctx context.Context, what, key, id string, err *error) (context.Context, func()) {
+// begin ties a stream's context to the server, and to its client where that has a channel; the function it returns
+// ends the stream: it turns a panic into an error and writes the log line.
+func (s *streams) begin(ctx context.Context, gone <-chan struct{}, what, key, id string, err *error) (context.Context, func()) {
 	began := time.Now()
 	ctx, cancel := context.WithCancel(ctx)
 	go func() {
 		select {
 		case <-s.done:
+			cancel()
+		case <-gone:
 			cancel()
 		case <-ctx.Done():
 		}
