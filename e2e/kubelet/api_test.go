@@ -33,6 +33,7 @@ type container struct {
 	Ready             bool
 	RestartCount      int
 	State, LastState  state
+	Resources         struct{ Limits map[string]string }
 }
 
 type state struct {

@@ -27,6 +27,7 @@ func TestKubelet(t *testing.T) {
 		{"Pod", (*machine).testPod},
 		{"Size", (*machine).testSize},
 		{"Limits", (*machine).testLimits},
+		{"Resize", (*machine).testResize},
 		{"Stats", (*machine).testStats},
 		{"Probes", (*machine).testProbes},
 		{"CrashLoop", (*machine).testCrashLoop},
