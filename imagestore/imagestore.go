@@ -25,9 +25,9 @@ type Image struct {
 	Tags, Digests []string
 	// Size is what its file takes on the disk, in bytes.
 	Size int64
-	// Config is the image's own configuration; Raw the bytes of it.
+	// Config is what a container is started with: User, WorkingDir, StopSignal, Env, Entrypoint, Cmd and Volumes
+	// of the image's own configuration. Store.Config has all of that.
 	Config ocispec.Image
-	Raw    []byte `json:"-"`
 	Pulled time.Time
 	// Pinned images are never collected as garbage.
 	Pinned bool

@@ -144,7 +144,7 @@ func (s *Store) fetch(ctx context.Context, p *patience, n name, auth *Auth, resu
 	if err != nil {
 		return Image{}, err
 	}
-	return s.commit(m, raw, length)
+	return s.commit(m, raw, config, length)
 }
 
 // claim makes the caller the only one who builds the image until it calls release.
@@ -187,10 +187,10 @@ func (s *Store) attach(m *remote) (Image, bool, error) {
 }
 
 // commit makes a file that build has put in its place an image.
-func (s *Store) commit(m *remote, raw []byte, length int64) (Image, error) {
+func (s *Store) commit(m *remote, raw []byte, c *config, length int64) (Image, error) {
 	s.changing.Lock()
 	defer s.changing.Unlock()
-	r := &record{Version: recordVersion, ID: m.config, Length: length, Config: raw, Pulled: time.Now()}
+	r := &record{Version: recordVersion, ID: m.config, Length: length, Config: raw, Pulled: time.Now(), process: c.process()}
 	i, err := s.name(r, m)
 	if err != nil {
 		return Image{}, errors.Join(s.explain(err, m, 0), s.deleteFiles(m.config))
@@ -211,7 +211,7 @@ func (s *Store) name(r *record, m *remote) (Image, error) {
 		next.Tags[tag] = time.Now()
 	}
 	if !slices.Contains(next.Digests, byDigest) {
-		next.Digests = append(next.Digests, byDigest)
+		next.Digests = newest(append(next.Digests, byDigest))
 	}
 	s.mu.Lock()
 	if old := s.namedLocked(tag); old != nil && old.ID != r.ID {
@@ -228,6 +228,7 @@ func (s *Store) name(r *record, m *remote) (Image, error) {
 	}
 	s.mu.Lock()
 	for _, c := range changed {
+		c.Config = nil
 		s.images[c.ID] = c
 	}
 	s.mu.Unlock()

@@ -64,8 +64,9 @@ func TestPullKindsOfImages(t *testing.T) {
 				!slices.Equal(got.Digests, []string{r.host + "/" + repo + "@" + manifest.Digest.String()}) {
 				t.Errorf("got %+v", got)
 			}
-			if got.Config.Config.Env[0] != "A=b" || digest.FromBytes(got.Raw).String() != got.ID || got.Size <= 0 {
-				t.Errorf("got %+v", got)
+			raw, err := s.Config(got.ID)
+			if got.Config.Config.Env[0] != "A=b" || err != nil || digest.FromBytes(raw).String() != got.ID || got.Size <= 0 {
+				t.Errorf("got %+v, %v", got, err)
 			}
 			if c := content(t, s, got.ID); c != "content of "+name {
 				t.Errorf("content %q", c)
@@ -134,6 +135,14 @@ func TestPullByDigestAndFromIndex(t *testing.T) {
 	}
 }
 
+func volumes(n int) map[string]struct{} {
+	all := map[string]struct{}{}
+	for i := range n {
+		all[strings.Repeat("/v", 10)+strconv.Itoa(i)] = struct{}{}
+	}
+	return all
+}
+
 func TestRefusedImages(t *testing.T) {
 	r, s := newTestRegistry(t), newStore(t)
 	for name, test := range map[string]struct {
@@ -150,6 +159,11 @@ func TestRefusedImages(t *testing.T) {
 		"cut-gzip":     {func(i *testImage) { i.pack = func(b []byte) []byte { p := gzipped(b); return p[:len(p)/2] } }, errdefs.IsInvalidArgument, "layer 1 of 1"},
 		"not-tar":      {func(i *testImage) { i.layers = [][]byte{[]byte(strings.Repeat("no tar ", 300))} }, errdefs.IsInvalidArgument, "layer 1 of 1"},
 		"longer":       {func(i *testImage) { i.tamper = func(m *ocispec.Manifest) { m.Layers[0].Size-- } }, errdefs.IsDataLoss, "longer"},
+		"long-user":    {func(i *testImage) { i.config.Config.User = strings.Repeat("u", 257) }, errdefs.IsInvalidArgument, "user's name"},
+		"large-env":    {func(i *testImage) { i.config.Config.Env = []string{"A=" + strings.Repeat("a", maxUsed)} }, errdefs.IsInvalidArgument, "environment"},
+		"many-args":    {func(i *testImage) { i.config.Config.Cmd = make([]string, maxUsed/16+1) }, errdefs.IsInvalidArgument, "command"},
+		"many-volumes": {func(i *testImage) { i.config.Config.Volumes = volumes(2000) }, errdefs.IsInvalidArgument, "volumes"},
+		"large-config": {func(i *testImage) { i.config.Author = strings.Repeat("a", maxConfig) }, errdefs.IsInvalidArgument, "configuration of"},
 		"huge":         {func(i *testImage) { i.tamper = func(m *ocispec.Manifest) { m.Layers[0].Size = 1 << 60 } }, errdefs.IsResourceExhausted, "bytes are free"},
 	} {
 		t.Run(name, func(t *testing.T) {

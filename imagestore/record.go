@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/internal/atomicfile"
@@ -30,10 +31,17 @@ type record struct {
 	Digests []string
 	// Length of the EROFS file in bytes. A file of another length is damaged.
 	Length int64
-	// Config is the image's configuration as its digest was made of it.
+	// Config is the image's configuration as its digest was made of it. It is in the file only.
 	Config []byte
 	Pulled time.Time
+
+	process ocispec.ImageConfig // of the configuration, kept
 }
+
+// maxDigests of an image are kept, the newest: a registry can have it under another one at each pull.
+const maxDigests = 64
+
+func newest(digests []string) []string { return digests[max(0, len(digests)-maxDigests):] }
 
 func (s *Store) imagePath(id digest.Digest) string {
 	return filepath.Join(s.o.Root, id.Encoded()+".erofs")
@@ -43,8 +51,17 @@ func (s *Store) recordPath(id digest.Digest) string {
 	return filepath.Join(s.o.Root, id.Encoded()+".json")
 }
 
+// writeRecord writes a record. One without a configuration has that of the file it takes the place of.
 func (s *Store) writeRecord(r *record) error {
-	data, err := json.MarshalIndent(r, "", "\t")
+	whole := *r
+	if whole.Config == nil {
+		old, err := s.readRecord(s.recordPath(r.ID))
+		if err != nil {
+			return fmt.Errorf("record of image %s: %w", r.ID, err)
+		}
+		whole.Config = old.Config
+	}
+	data, err := json.MarshalIndent(whole, "", "\t")
 	if err != nil {
 		return fmt.Errorf("record of image %s: %w", r.ID, err)
 	}
@@ -91,6 +108,7 @@ func (s *Store) loadRecord(name string) {
 		}
 		return
 	}
+	r.Config = nil
 	s.images[r.ID] = r
 }
 
@@ -114,6 +132,12 @@ func (s *Store) readRecord(path string) (*record, error) {
 	if r.Tags == nil {
 		r.Tags = map[string]time.Time{}
 	}
+	r.Digests = newest(r.Digests)
+	c, err := parseConfig(r.Config)
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	r.process = c.process()
 	return r, nil
 }
 
@@ -145,7 +169,8 @@ func (s *Store) deleteFiles(id digest.Digest) error {
 
 // image makes what the store hands out of a record.
 func (s *Store) image(r *record) (Image, error) {
-	i := Image{ID: r.ID.String(), Digests: slices.Clone(r.Digests), Raw: r.Config, Pulled: r.Pulled}
+	i := Image{ID: r.ID.String(), Digests: slices.Clone(r.Digests), Pulled: r.Pulled}
+	i.Config.Config = r.process
 	for tag := range r.Tags {
 		i.Tags = append(i.Tags, tag)
 	}
@@ -153,9 +178,6 @@ func (s *Store) image(r *record) (Image, error) {
 	slices.Sort(i.Digests)
 	for _, name := range append(append([]string{i.ID}, i.Tags...), i.Digests...) {
 		i.Pinned = i.Pinned || s.pinned[name]
-	}
-	if err := json.Unmarshal(r.Config, &i.Config); err != nil {
-		return Image{}, fmt.Errorf("configuration of image %s: %w", r.ID, err)
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(s.imagePath(r.ID), &st); err != nil {

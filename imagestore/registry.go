@@ -3,7 +3,6 @@ package imagestore
 import (
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,28 +10,22 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/containers/image/v5/docker"
 	"github.com/containers/image/v5/docker/reference"
-	"github.com/containers/image/v5/image"
-	"github.com/containers/image/v5/manifest"
 	"github.com/containers/image/v5/pkg/blobinfocache/none"
 	"github.com/containers/image/v5/pkg/sysregistriesv2"
 	"github.com/containers/image/v5/signature"
 	"github.com/containers/image/v5/types"
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 const (
 	systemPolicy   = "/etc/containers/policy.json"
 	systemAuthFile = "/etc/containers/auth.json"
-	maxConfig      = 4 << 20 // bytes of an image's configuration, as containers/image has it
-	maxLayers      = 1024
 )
 
 // registries speaks to registries as the node's configuration says. It is the one place that knows
@@ -258,44 +251,6 @@ func loopback(host string) bool {
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// read fills in m from the manifest.
-func (m *remote) read(ctx context.Context, r *registries, sys *types.SystemContext) error {
-	unparsed := image.UnparsedInstance(m.src, nil)
-	blob, kind, err := unparsed.Manifest(ctx)
-	if err != nil {
-		return registryError(ctx, err)
-	}
-	if m.digest, err = manifest.Digest(blob); err != nil {
-		return fmt.Errorf("manifest of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
-	}
-	if kind = mediaType(blob, kind); manifest.MIMETypeIsMultiImage(kind) {
-		list, err := manifest.ListFromBlob(blob, kind)
-		if err != nil {
-			return fmt.Errorf("index of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
-		}
-		instance, err := list.ChooseInstance(sys)
-		if err != nil {
-			return fmt.Errorf("%s: %w: %w", m.name, err, errdefs.ErrNotFound)
-		}
-		unparsed = image.UnparsedInstance(m.src, &instance)
-		if blob, kind, err = unparsed.Manifest(ctx); err != nil {
-			return registryError(ctx, err)
-		}
-		kind = mediaType(blob, kind)
-	}
-	if err := r.allow(ctx, unparsed); err != nil {
-		return err
-	}
-	return m.parse(blob, kind)
-}
-
-func mediaType(blob []byte, kind string) string {
-	if manifest.NormalizedMIMEType(kind) != kind || kind == "" {
-		kind = manifest.GuessMIMEType(blob)
-	}
-	return manifest.NormalizedMIMEType(kind)
-}
-
 // allow checks the signature policy.
 func (r *registries) allow(ctx context.Context, unparsed types.UnparsedImage) error {
 	policy, err := r.readPolicy()
@@ -329,88 +284,6 @@ func (r *registries) readPolicy() (*signature.Policy, error) {
 		return nil, fmt.Errorf("signature policy %s: %w: %w", path, err, errdefs.ErrFailedPrecondition)
 	}
 	return policy, nil
-}
-
-// configTypes are what a container image's configuration may call itself.
-var configTypes = map[string]bool{
-	ocispec.MediaTypeImageConfig:            true,
-	manifest.DockerV2Schema2ConfigMediaType: true,
-	"application/octet-stream":              true, // by old Docker
-}
-
-// parse reads the manifest of one instance and refuses what is not a container image.
-func (m *remote) parse(blob []byte, kind string) error {
-	if kind != ocispec.MediaTypeImageManifest && kind != manifest.DockerV2Schema2MediaType {
-		return fmt.Errorf("%s has a manifest of type %s, which is too old or unknown; push it again with a current tool: %w", m.name, kind, errdefs.ErrNotImplemented)
-	}
-	parsed, err := manifest.FromBlob(blob, kind)
-	if err != nil {
-		return fmt.Errorf("manifest of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
-	}
-	config := parsed.ConfigInfo()
-	if !configTypes[config.MediaType] {
-		return fmt.Errorf("%s is no container image but an artifact (%s): %w", m.name, config.MediaType, errdefs.ErrInvalidArgument)
-	}
-	if err := config.Digest.Validate(); err != nil {
-		return fmt.Errorf("manifest of %s: configuration: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
-	}
-	m.config, m.size = config.Digest, config.Size
-	for _, l := range parsed.LayerInfos() {
-		switch {
-		case strings.HasSuffix(l.MediaType, "+encrypted"):
-			return fmt.Errorf("layer %s of %s is encrypted: %w", l.Digest, m.name, errdefs.ErrNotImplemented)
-		case !strings.Contains(l.MediaType, ".tar"):
-			return fmt.Errorf("layer %s of %s is no archive but %s: %w", l.Digest, m.name, l.MediaType, errdefs.ErrInvalidArgument)
-		case l.Digest.Validate() != nil || l.Size < 0:
-			return fmt.Errorf("manifest of %s: layer %.100q of size %d: %w", m.name, l.Digest, l.Size, errdefs.ErrInvalidArgument)
-		}
-		m.layers = append(m.layers, layer{l.Digest, l.Size})
-	}
-	if len(m.layers) > maxLayers {
-		return fmt.Errorf("%s has %d layers, at most %d are possible: %w", m.name, len(m.layers), maxLayers, errdefs.ErrInvalidArgument)
-	}
-	return nil
-}
-
-// readConfig fetches the image's configuration.
-func (m *remote) readConfig(ctx context.Context) ([]byte, ocispec.Image, error) {
-	var config ocispec.Image
-	if m.size > maxConfig {
-		return nil, config, fmt.Errorf("configuration of %s has %d bytes, at most %d are possible: %w", m.name, m.size, maxConfig, errdefs.ErrInvalidArgument)
-	}
-	stream, err := m.blob(ctx, layer{m.config, m.size})
-	if err != nil {
-		return nil, config, err
-	}
-	defer stream.Close()
-	raw, err := io.ReadAll(io.LimitReader(stream, maxConfig+1))
-	if err != nil {
-		return nil, config, registryError(ctx, err)
-	}
-	if got := m.config.Algorithm().FromBytes(raw); got != m.config {
-		return nil, config, fmt.Errorf("configuration of %s arrived damaged: digest %s, not %s; pull again: %w", m.name, got, m.config, errdefs.ErrDataLoss)
-	}
-	if err := json.Unmarshal(raw, &config); err != nil {
-		return nil, config, fmt.Errorf("configuration of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
-	}
-	return raw, config, m.fits(config)
-}
-
-// fits checks that the configuration is for this machine and agrees with the manifest.
-func (m *remote) fits(config ocispec.Image) error {
-	arch := config.Architecture
-	if config.OS != "" && config.OS != "linux" || arch != "" && arch != runtime.GOARCH && (arch != "386" || runtime.GOARCH != "amd64") {
-		return fmt.Errorf("%s is for %s/%s, this machine is linux/%s: %w", m.name, config.OS, arch, runtime.GOARCH, errdefs.ErrNotFound)
-	}
-	if len(config.RootFS.DiffIDs) != len(m.layers) {
-		return fmt.Errorf("%s has %d layers, but its configuration names %d: %w", m.name, len(m.layers), len(config.RootFS.DiffIDs), errdefs.ErrInvalidArgument)
-	}
-	for _, d := range config.RootFS.DiffIDs {
-		if err := d.Validate(); err != nil {
-			return fmt.Errorf("configuration of %s: layer %.100q: %w: %w", m.name, d, err, errdefs.ErrInvalidArgument)
-		}
-	}
-	return nil
 }
 
 // blob opens a stream of a blob. Its digest is the caller's to check. Interrupted streams are

@@ -146,6 +146,22 @@ func (s *Store) Image(ref string) (Image, error) {
 	return s.image(r)
 }
 
+// Config returns the configuration of an image, found as by Image, as its registry has it: JSON by anybody.
+func (s *Store) Config(ref string) ([]byte, error) {
+	r, err := s.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	whole, err := s.readRecord(s.recordPath(r.ID))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("image %s: %w: %w", r.ID, err, errdefs.ErrNotFound) // removed meanwhile
+	}
+	if err != nil {
+		return nil, fmt.Errorf("record of image %s: %w", r.ID, err)
+	}
+	return whole.Config, nil
+}
+
 func (s *Store) find(ref string) (*record, error) {
 	n, err := s.registries.resolve(ref)
 	if err != nil && !isID(ref) {

@@ -24,6 +24,9 @@ func criImage(i imagestore.Image) *cri.Image {
 	return c
 }
 
+// maxUserName of an image's user, in bytes, is shown: all images must fit into one answer.
+const maxUserName = 256
+
 // imageUser tells who an image's command runs as: a number, or a name, or neither.
 func imageUser(user string) (*cri.Int64Value, string) {
 	name, _, _ := strings.Cut(user, ":")
@@ -33,7 +36,7 @@ func imageUser(user string) (*cri.Int64Value, string) {
 	if uid, err := strconv.ParseInt(name, 10, 64); err == nil {
 		return &cri.Int64Value{Value: uid}, ""
 	}
-	return nil, name
+	return nil, strings.ToValidUTF8(name[:min(len(name), maxUserName)], "")
 }
 
 // auth converts the kubelet's credentials. The CRI lets several forms stand beside each other;

@@ -467,9 +467,10 @@ func TestImageUser(t *testing.T) {
 		name string
 	}{
 		"": {}, "0": {uid: &cri.Int64Value{}}, "1000:1000": {uid: &cri.Int64Value{Value: 1000}}, "www:www": {name: "www"}, ":5": {},
+		strings.Repeat("a", 4<<20): {name: strings.Repeat("a", 256)}, strings.Repeat("a", 255) + "\u00e9": {name: strings.Repeat("a", 255)},
 	} {
 		if uid, name := imageUser(user); !proto.Equal(uid, want.uid) || name != want.name {
-			t.Errorf("%q: %v, %q", user, uid, name)
+			t.Errorf("%.300q: %v, %q", user, uid, name)
 		}
 	}
 }

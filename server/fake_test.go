@@ -284,6 +284,13 @@ func (f *fakeImages) Image(ref string) (imagestore.Image, error) {
 	return imagestore.Image{}, fmt.Errorf("image %s: %w", ref, errdefs.ErrNotFound)
 }
 
+func (f *fakeImages) Config(ref string) ([]byte, error) {
+	if _, err := f.Image(ref); err != nil {
+		return nil, err
+	}
+	return []byte("{\"config\":{\"StopSignal\":\"SIGQUIT\",\"Labels\":{\"a\":\"\xff\"}},\"history\":[{\"created_by\":\"me\"}]}"), nil
+}
+
 func (f *fakeImages) Images() []imagestore.Image {
 	f.mu.Lock()
 	defer f.mu.Unlock()

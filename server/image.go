@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -95,12 +96,19 @@ func (s *imageService) ImageStatus(_ context.Context, r *cri.ImageStatusRequest)
 	}
 	resp := &cri.ImageStatusResponse{Image: criImage(image)}
 	if r.GetVerbose() {
+		config, err := s.o.Images.Config(image.ID)
+		if err != nil {
+			return nil, err
+		}
 		resp.Info, err = encode(map[string]any{"info": map[string]any{
-			"imageSpec": image.Config,
+			"imageSpec": json.RawMessage(config),
 			"pulled":    image.Pulled,
 		}})
+		if err != nil {
+			return nil, err
+		}
 	}
-	return resp, err
+	return resp, nil
 }
 
 // RemoveImage removes an image with all its names. One that is gone is removed.

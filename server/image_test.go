@@ -28,7 +28,7 @@ func TestImages(t *testing.T) {
 	if i.GetId() != busyboxID || i.GetUid().GetValue() != 1000 || i.GetUsername() != "" || !i.GetPinned() || i.GetSize() != 4096 || len(i.GetRepoDigests()) != 1 {
 		t.Errorf("image: %v", i)
 	}
-	if !strings.Contains(r.GetInfo()["info"], `"StopSignal":"SIGQUIT"`) {
+	if info := r.GetInfo()["info"]; !strings.Contains(info, `"StopSignal":"SIGQUIT"`) || !strings.Contains(info, `"created_by":"me"`) || !strings.Contains(info, `"pulled":`) {
 		t.Errorf("info: %v", r.GetInfo())
 	}
 	for ref, want := range map[string]int{"": 1, busyboxID: 1, "absent": 0} {

@@ -51,6 +51,7 @@ var _ Images = (*imagestore.Store)(nil)
 type Images interface {
 	Pull(ctx context.Context, ref string, auth *imagestore.Auth) (imagestore.Image, error)
 	Image(ref string) (imagestore.Image, error)
+	Config(ref string) ([]byte, error)
 	Images() []imagestore.Image
 	Remove(ctx context.Context, ref string) error
 	Usage() (imagestore.Usage, error)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -207,7 +208,7 @@ func encode(info map[string]any) (map[string]string, error) {
 		if err != nil {
 			return nil, fmt.Errorf("info %s: %w", k, err)
 		}
-		out[k] = string(data)
+		out[k] = strings.ToValidUTF8(string(data), "\uFFFD") // as protobuf wants it: raw JSON may be anything else
 	}
 	return out, nil
 }
