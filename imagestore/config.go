@@ -78,10 +78,10 @@ func (m *remote) readConfig(ctx context.Context) ([]byte, *config, error) {
 	defer stream.Close()
 	raw, err := io.ReadAll(io.LimitReader(stream, maxConfig+1))
 	if err != nil {
-		return nil, nil, registryError(ctx, err)
+		return nil, nil, m.failed(ctx, err)
 	}
-	if got := m.config.Algorithm().FromBytes(raw); got != m.config {
-		return nil, nil, fmt.Errorf("configuration of %s arrived damaged: digest %s, not %s; pull again: %w", m.name, got, m.config, errdefs.ErrDataLoss)
+	if m.config.Algorithm().FromBytes(raw) != m.config {
+		return nil, nil, fmt.Errorf("configuration of %s arrived damaged: its digest is not %s; pull again, or have the registry checked: %w", m.name, m.config, errdefs.ErrDataLoss)
 	}
 	c, err := parseConfig(raw)
 	if err != nil {

@@ -115,7 +115,7 @@ func (d *download) layer(ctx context.Context, l layer, to *spool) error {
 			break
 		}
 		if err != nil {
-			return fmt.Errorf("layer %s broke off after %d of %d bytes: %w", l.digest, size, l.size, registryError(ctx, err))
+			return fmt.Errorf("layer %s broke off after %d of %d bytes: %w", l.digest, size, l.size, d.remote.failed(ctx, err))
 		}
 	}
 	if !verifier.Verified() {

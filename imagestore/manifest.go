@@ -34,13 +34,13 @@ func (m *remote) read(ctx context.Context, r *registries, sys *types.SystemConte
 		return err
 	}
 	if m.digest, err = manifest.Digest(blob); err != nil {
-		return fmt.Errorf("manifest of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+		return m.unreadable(kind, err)
 	}
 	unparsed := image.UnparsedInstance(m.src, nil)
 	if manifest.MIMETypeIsMultiImage(kind) {
 		list, err := manifest.ListFromBlob(blob, kind)
 		if err != nil {
-			return fmt.Errorf("index of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+			return m.unreadable(kind, err)
 		}
 		instance, err := list.ChooseInstance(sys)
 		if err != nil {
@@ -51,7 +51,7 @@ func (m *remote) read(ctx context.Context, r *registries, sys *types.SystemConte
 			return err
 		}
 	}
-	if err := r.allow(ctx, unparsed); err != nil {
+	if err := r.allow(ctx, m, unparsed); err != nil {
 		return err
 	}
 	return m.parse(blob, kind)
@@ -63,7 +63,7 @@ func (m *remote) read(ctx context.Context, r *registries, sys *types.SystemConte
 func (m *remote) manifest(ctx context.Context, instance *digest.Digest, want digest.Digest) (blob []byte, kind string, err error) {
 	blob, kind, err = m.src.GetManifest(ctx, instance)
 	if err != nil {
-		return nil, "", registryError(ctx, err)
+		return nil, "", m.failed(ctx, err)
 	}
 	if len(blob) > maxManifest || values(blob) > maxValues {
 		return nil, "", fmt.Errorf("manifest of %s has more than %d bytes or %d values; push the image again with fewer layers and annotations: %w", m.name, maxManifest, maxValues, errdefs.ErrInvalidArgument)
@@ -74,6 +74,12 @@ func (m *remote) manifest(ctx context.Context, instance *digest.Digest, want dig
 		}
 	}
 	return blob, mediaType(blob, kind), nil
+}
+
+// unreadable says that a manifest is not of its type. How it is not is what some host has answered.
+func (m *remote) unreadable(kind string, err error) error {
+	m.log(err)
+	return fmt.Errorf("manifest of %s is no %s; push the image again with a current tool, or have the registry checked; the daemon's log says more: %w", m.name, kind, errdefs.ErrInvalidArgument)
 }
 
 // values counts the values of a JSON document, without decoding it. Empty lists and objects count twice.
@@ -113,7 +119,7 @@ func (m *remote) parse(blob []byte, kind string) error {
 	}
 	parsed, err := manifest.FromBlob(blob, kind)
 	if err != nil {
-		return fmt.Errorf("manifest of %s: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
+		return m.unreadable(kind, err)
 	}
 	config := parsed.ConfigInfo()
 	if !configTypes[config.MediaType] {

@@ -147,6 +147,7 @@ func (r *registries) alias(ref string, named reference.Named) (reference.Named, 
 // remote is an image in a registry, with its manifest read and allowed by the policy.
 type remote struct {
 	name   name
+	hosts  []string // of the registry and its mirrors, with their ports
 	src    types.ImageSource
 	digest digest.Digest // of what the name refers to: a manifest or an index
 	config digest.Digest
@@ -171,16 +172,28 @@ func (r *registries) open(ctx context.Context, n name, auth *Auth) (*remote, err
 	if err != nil {
 		return nil, fmt.Errorf("image name %q: %w: %w", n, err, errdefs.ErrInvalidArgument)
 	}
-	src, err := ref.NewImageSource(ctx, sys)
-	if err != nil {
-		return nil, registryError(ctx, err)
+	m := &remote{name: n, hosts: hostsOf(n, sys)}
+	if m.src, err = ref.NewImageSource(ctx, sys); err != nil {
+		return nil, m.failed(ctx, err)
 	}
-	m := &remote{name: n, src: src}
 	if err := m.read(ctx, r, sys); err != nil {
 		m.close()
 		return nil, err
 	}
 	return m, nil
+}
+
+// hostsOf lists whom the node's configuration, or the name itself, says to ask for an image. What is wrong with
+// either has an error where it is asked for.
+func hostsOf(n name, sys *types.SystemContext) []string {
+	hosts := []string{reference.Domain(n.ref), "registry-1.docker.io"} // the one of docker.io
+	if found, err := sysregistriesv2.FindRegistry(sys, n.ref.Name()); err == nil && found != nil {
+		sources, _ := found.PullSourcesFromReference(n.ref)
+		for _, s := range sources {
+			hosts = append(hosts, reference.Domain(s.Reference))
+		}
+	}
+	return hosts
 }
 
 func (m *remote) close() {
@@ -252,7 +265,7 @@ func loopback(host string) bool {
 }
 
 // allow checks the signature policy.
-func (r *registries) allow(ctx context.Context, unparsed types.UnparsedImage) error {
+func (r *registries) allow(ctx context.Context, m *remote, unparsed types.UnparsedImage) error {
 	policy, err := r.readPolicy()
 	if err != nil {
 		return err
@@ -266,7 +279,12 @@ func (r *registries) allow(ctx context.Context, unparsed types.UnparsedImage) er
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		return fmt.Errorf("%w: %w: %w", ErrRejected, err, errdefs.ErrPermissionDenied)
+		var reason signature.PolicyRequirementError
+		if !errors.As(err, &reason) { // what stands where signatures were looked for, or of a file of the node's
+			m.log(err)
+			reason = "the signatures can't be read or checked; the daemon's log says why"
+		}
+		return fmt.Errorf("%w: %w: %w", ErrRejected, reason, errdefs.ErrPermissionDenied)
 	}
 	return nil
 }
@@ -292,7 +310,7 @@ func (m *remote) blob(ctx context.Context, l layer) (io.ReadCloser, error) {
 	// Without the URLs that a manifest may bring: it must not choose whom this machine speaks to.
 	stream, _, err := m.src.GetBlob(ctx, types.BlobInfo{Digest: l.digest, Size: l.size}, none.NoCache)
 	if err != nil {
-		return nil, registryError(ctx, err)
+		return nil, m.failed(ctx, err)
 	}
 	return stream, nil
 }
