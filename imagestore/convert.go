@@ -24,6 +24,9 @@ const (
 	zstdWindow = 128 << 20
 	// aheadBuffers of aheadSize bytes are decompressed in advance.
 	aheadBuffers, aheadSize = 8, 256 << 10
+	// maxBytes bounds the layers of an image together, in bytes, packed and unpacked: as much content as
+	// erofs.Limits allow, and 2 KiB more for each entry. A layer that is named twice counts twice.
+	maxBytes = (256 + 16) << 30
 )
 
 // convert merges layers, the bottom first, into an EROFS image in f, while they arrive, and
@@ -31,7 +34,7 @@ const (
 func convert(ctx context.Context, f *os.File, id digest.Digest, layers []*spool, diffIDs []digest.Digest, unpacked *atomic.Int64) (int64, error) {
 	var uuid [16]byte
 	copy(uuid[:], id.Encoded())
-	c := converter{w: erofs.NewWriter(f, uuid, erofs.Limits{}), layers: layers, diffIDs: diffIDs, unpacked: unpacked}
+	c := converter{w: erofs.NewWriter(f, uuid, erofs.Limits{}), layers: layers, diffIDs: diffIDs, unpacked: unpacked, limit: maxBytes}
 	if err := c.merge(ctx); err != nil {
 		return 0, err
 	}
@@ -48,6 +51,7 @@ type converter struct {
 	layers   []*spool
 	diffIDs  []digest.Digest // of the layers
 	unpacked *atomic.Int64
+	limit    int64 // of unpacked
 }
 
 // merge reads layers, some at once, and applies them in their order. turns has a channel for each layer,
@@ -139,9 +143,12 @@ func (c *converter) readPlain(ctx context.Context, packed io.Reader, want digest
 		return nil, fmt.Errorf("decompress: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	digester := want.Algorithm().Digester()
-	ahead := readAhead(plain, func(b []byte) {
-		c.unpacked.Add(int64(len(b)))
+	ahead := readAhead(plain, func(b []byte) error {
+		if c.unpacked.Add(int64(len(b))) > c.limit {
+			return fmt.Errorf("layers of the image have more than %d bytes together when they are unpacked; keep data in a volume: %w", c.limit, errdefs.ErrResourceExhausted)
+		}
 		digester.Hash().Write(b) // a hash never fails
+		return nil
 	})
 	defer ahead.close()
 	l, err := c.w.Read(ctx, ahead)
@@ -183,7 +190,7 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 // those who use its result.
 type ahead struct {
 	full, free chan []byte
-	seen       func([]byte) // is shown each piece when its turn comes
+	seen       func([]byte) error // is shown each piece when its turn comes
 	rest       []byte
 	piece      []byte
 	err        error // of the stream; to be read once full is closed
@@ -191,7 +198,7 @@ type ahead struct {
 	ended      chan struct{}
 }
 
-func readAhead(r io.ReadCloser, seen func([]byte)) *ahead {
+func readAhead(r io.ReadCloser, seen func([]byte) error) *ahead {
 	a := &ahead{full: make(chan []byte, aheadBuffers), free: make(chan []byte, aheadBuffers), seen: seen,
 		quit: make(chan struct{}), ended: make(chan struct{})}
 	for range aheadBuffers {
@@ -246,9 +253,8 @@ func (a *ahead) next() error {
 	if !ok {
 		return a.err
 	}
-	a.seen(piece)
 	a.piece, a.rest = piece, piece
-	return nil
+	return a.seen(piece)
 }
 
 func (a *ahead) Read(p []byte) (int, error) {

@@ -129,6 +129,7 @@ func (m *remote) parse(blob []byte, kind string) error {
 		return fmt.Errorf("manifest of %s: configuration: %w: %w", m.name, err, errdefs.ErrInvalidArgument)
 	}
 	m.config, m.size = config.Digest, config.Size
+	left := int64(maxBytes)
 	for _, l := range parsed.LayerInfos() {
 		switch {
 		case strings.HasSuffix(l.MediaType, "+encrypted"):
@@ -139,6 +140,9 @@ func (m *remote) parse(blob []byte, kind string) error {
 			return fmt.Errorf("manifest of %s: layer %.100q of size %d: %w", m.name, l.Digest, l.Size, errdefs.ErrInvalidArgument)
 		}
 		m.layers = append(m.layers, layer{l.Digest, l.Size})
+		if left -= l.Size; left < 0 {
+			return fmt.Errorf("layers of %s have more than %d bytes together; keep data in a volume: %w", m.name, int64(maxBytes), errdefs.ErrResourceExhausted)
+		}
 	}
 	if len(m.layers) > maxLayers {
 		return fmt.Errorf("%s has %d layers, at most %d are possible: %w", m.name, len(m.layers), maxLayers, errdefs.ErrInvalidArgument)

@@ -164,7 +164,7 @@ func TestRefusedImages(t *testing.T) {
 		"many-args":    {func(i *testImage) { i.config.Config.Cmd = make([]string, maxUsed/16+1) }, errdefs.IsInvalidArgument, "command"},
 		"many-volumes": {func(i *testImage) { i.config.Config.Volumes = volumes(2000) }, errdefs.IsInvalidArgument, "volumes"},
 		"large-config": {func(i *testImage) { i.config.Author = strings.Repeat("a", maxConfig) }, errdefs.IsInvalidArgument, "configuration of"},
-		"huge":         {func(i *testImage) { i.tamper = func(m *ocispec.Manifest) { m.Layers[0].Size = 1 << 60 } }, errdefs.IsResourceExhausted, "bytes are free"},
+		"huge":         {func(i *testImage) { i.tamper = func(m *ocispec.Manifest) { m.Layers[0].Size = 1 << 60 } }, errdefs.IsResourceExhausted, "bytes together"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			i := small("x")

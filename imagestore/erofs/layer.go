@@ -62,6 +62,9 @@ func (w *Writer) Read(ctx context.Context, layer io.Reader) (*Layer, error) {
 		if err != nil {
 			return nil, readError(err)
 		}
+		if limit := w.tree.limit.Entries; w.entries.Add(1) > int64(limit) {
+			return nil, exhausted("layers have more than %d entries together; build the image with fewer files, or in fewer steps", limit)
+		}
 		if err := l.read(ctx, hdr, tr); err != nil {
 			return nil, fmt.Errorf("layer entry %.200q: %w", hdr.Name, err)
 		}
@@ -79,6 +82,9 @@ func (w *Writer) Apply(ctx context.Context, l *Layer) error {
 		}
 		if err := w.tree.apply(o); err != nil {
 			return fmt.Errorf("layer entry %.200q: %w", o.dir+o.base, err)
+		}
+		if w.tree.steps > w.tree.limit.Steps {
+			return exhausted("paths lead through more than %d directories; build the image with fewer files, or less deeply nested ones", w.tree.limit.Steps)
 		}
 	}
 	return nil

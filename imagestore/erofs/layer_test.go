@@ -171,6 +171,10 @@ func TestLimitsOfAllLayers(t *testing.T) {
 	}
 	for name, layers := range map[string][2][]byte{
 		"files":    {archiveOf("f a x\nf b x\nf c x"), archiveOf("f d x\nf e x\nf f x")},
+		"one file": {archiveOf("f a x\nf a x\nf a x"), archiveOf("f a x\nf a x\nf a x")},
+		"no files": {archiveOf("f .wh..wh.aufs x\nf .wh.a x\nf .wh.b x"), archiveOf("f .wh..wh.aufs x\nf .wh.a x\nf .wh.b x")},
+		"steps":    {archiveOf("f a/b/c/x x"), archiveOf(strings.Repeat("f a/b/c/.wh.x x\n", 4))},
+		"links":    {archiveOf("d d\ns d/s .///////////////////."), archiveOf("f d/s/x x")},
 		"content":  {archiveOf("f a " + strings.Repeat("x", 60_000)), archiveOf("f b " + strings.Repeat("x", 60_000))},
 		"metadata": {attribute("a"), attribute("b")},
 	} {
@@ -180,7 +184,7 @@ func TestLimitsOfAllLayers(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Metadata: 30_000})
+			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Steps: 24, Metadata: 30_000})
 			if err := add(t.Context(), w, layers[0]); err != nil {
 				t.Fatal(err)
 			}

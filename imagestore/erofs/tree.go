@@ -61,6 +61,7 @@ type tree struct {
 	layer int
 	count int // inodes and names made
 	meta  int // bytes of names, targets and xattrs held
+	steps int // through all paths, successful or not
 	limit Limits
 	dead  []extent
 }
@@ -86,6 +87,10 @@ func (n *inode) isDevice() bool {
 
 func invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
+}
+
+func exhausted(format string, args ...any) error {
+	return fmt.Errorf("image of too many files: "+format+": %w", append(args, errdefs.ErrResourceExhausted)...)
 }
 
 // add puts name into dir. The caller has removed what was there.
@@ -191,8 +196,9 @@ func (t *tree) whiteout(dir *inode, name string) {
 // the root and symlinks are followed inside. Directories that are missing are made if make is set.
 func (t *tree) walk(parts []string, make bool) (*inode, error) {
 	path := []*inode{t.root}
-	links := 0
-	for steps := 0; len(parts) > 0; steps++ {
+	links, steps := 0, len(parts)
+	t.steps += steps
+	for len(parts) > 0 {
 		if steps > maxSteps {
 			return nil, invalid("path of more than %d directories", maxSteps)
 		}
@@ -217,7 +223,9 @@ func (t *tree) walk(parts []string, make bool) (*inode, error) {
 			if strings.HasPrefix(next.target, "/") {
 				path = path[:1]
 			}
-			parts = append(strings.Split(next.target, "/"), parts...)
+			target := strings.Split(next.target, "/")
+			steps, t.steps = steps+len(target), t.steps+len(target)
+			parts = append(target, parts...)
 			continue
 		}
 		if path = append(path, next); len(path) > maxDepth {

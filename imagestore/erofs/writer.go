@@ -36,8 +36,11 @@ type Limits struct {
 	// Content is the size of all files of all layers together, holes included, in bytes.
 	// Default 256 GiB.
 	Content int64
-	// Entries is the number of names, in the image or in one layer. Default 4 Mi.
+	// Entries is the number of entries of all layers together, and of names in the image. Default 8 Mi.
 	Entries int
+	// Steps is the number of directories passed on the way through the paths of all layers together, symlinks
+	// included. Default 256 Mi: 32 for each entry.
+	Steps int
 	// Metadata is the memory for names, symlink targets and extended attributes, of the image or of
 	// one layer, in bytes.
 	// Default 256 MiB.
@@ -49,7 +52,10 @@ func (l Limits) withDefaults() Limits {
 		l.Content = 256 << 30
 	}
 	if l.Entries == 0 {
-		l.Entries = 4 << 20
+		l.Entries = 8 << 20
+	}
+	if l.Steps == 0 {
+		l.Steps = 256 << 20
 	}
 	if l.Metadata == 0 {
 		l.Metadata = 256 << 20
@@ -73,11 +79,12 @@ func (l Limits) check(entries, metadata int) error {
 // Writer makes one image. Its layers may be read at the same time (see Read); all else is for one
 // goroutine.
 type Writer struct {
-	f     *os.File
-	tree  *tree
-	uuid  [16]byte
-	space space
-	total atomic.Int64 // bytes of all files of all layers
+	f       *os.File
+	tree    *tree
+	uuid    [16]byte
+	space   space
+	total   atomic.Int64 // bytes of all files of all layers
+	entries atomic.Int64 // of all layers
 
 	mu   sync.Mutex
 	idle []*output // that no layer has at the moment
