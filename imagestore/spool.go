@@ -123,6 +123,9 @@ func (s *spool) receive(ctx context.Context) ([]byte, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
+	for len(s.free) > 0 { // nobody writes any more: they need not wait for the end of the pull
+		<-s.free
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil {

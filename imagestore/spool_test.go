@@ -43,6 +43,9 @@ func TestSpool(t *testing.T) {
 			if err != nil || !bytes.Equal(got, content) {
 				t.Fatalf("%d bytes, %v", len(got), err)
 			}
+			if n := len(s.free) + len(s.mem); n > 0 {
+				t.Errorf("%d buffers are kept until the end of the pull", n)
+			}
 			info, err := s.f.Stat()
 			if err != nil || test.before == 0 && info.Size() != 0 {
 				t.Errorf("file of %d bytes, %v", info.Size(), err)
