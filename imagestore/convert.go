@@ -42,8 +42,8 @@ func convert(ctx context.Context, f *os.File, id digest.Digest, layers []*spool,
 }
 
 // parallelLayers are read at a time, as decompression takes most of a pull: more would need more memory than
-// a pull is to have. No more are kept until those below them have been applied, either, because a hostile
-// layer can have as many names as the image.
+// a pull is to have. No more are kept until those below them have been applied, either: they have one bound of
+// memory with the image (erofs.Limits).
 const parallelLayers = 2
 
 type converter struct {

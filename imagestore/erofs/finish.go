@@ -2,7 +2,7 @@ package erofs
 
 import (
 	"fmt"
-	"maps"
+	"iter"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -132,7 +132,10 @@ func (n *inode) tail() (layout uint16, inline int64) {
 
 // sortNames fixes the directory's names, size and link count.
 func (n *inode) sortNames() {
-	names := append(slices.Collect(maps.Keys(n.dir.entries)), ".", "..")
+	names := append(make([]string, 0, len(n.dir.entries)+2), ".", "..")
+	for name := range n.dir.entries {
+		names = append(names, name)
+	}
 	slices.Sort(names)
 	n.dir.names, n.nlink, n.size = names, 2, 0
 	for _, e := range n.dir.entries {
@@ -178,16 +181,17 @@ func writeBlocks(out *output, order []placed) error {
 		if !n.isDir() && !n.isSymlink() {
 			continue
 		}
-		data := n.data()
-		if n.layout == layoutInline {
-			_, inline := n.tail()
-			data = data[:int64(len(data))-inline]
-		}
-		if _, err := out.Write(data); err != nil {
-			return err
-		}
-		if err := out.padTo(roundUp(out.pos(), blockSize)); err != nil {
-			return err
+		at := int64(0)
+		for data := range n.data() {
+			if at += blockSize; n.layout == layoutInline && at > n.size { // the tail
+				break
+			}
+			if _, err := out.Write(data); err != nil {
+				return err
+			}
+			if err := out.padTo(roundUp(out.pos(), blockSize)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -215,9 +219,10 @@ func writeInodes(out *output, order []placed, meta int64) error {
 func (n placed) behind() []byte {
 	switch n.layout {
 	case layoutInline:
-		data := n.data()
-		_, inline := n.tail()
-		return data[int64(len(data))-inline:]
+		var tail []byte
+		for tail = range n.data() {
+		}
+		return tail
 	case layoutChunks:
 		b := make([]byte, 0, 4*len(n.chunks))
 		for _, block := range n.chunks {
@@ -228,27 +233,32 @@ func (n placed) behind() []byte {
 	return nil
 }
 
-// data is the content of a symlink or a directory.
-func (n placed) data() []byte {
-	if n.isSymlink() {
-		return []byte(n.target)
-	}
-	b := make([]byte, 0, n.size)
-	for names := range direntBlocks(n.dir.names) {
-		b = append(b, zeros[:roundUp(int64(len(b)), blockSize)-int64(len(b))]...)
-		nameAt := direntSize * len(names)
-		for _, name := range names {
-			child := n.child(name)
-			b = le.AppendUint64(b, child.nid)
-			b = le.AppendUint16(b, uint16(nameAt))
-			b = append(b, direntType(child.mode), 0)
-			nameAt += len(name)
+// data is the content of a symlink or a directory, block by block, each of which is valid until the next.
+func (n placed) data() iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		if n.isSymlink() {
+			yield([]byte(n.target))
+			return
 		}
-		for _, name := range names {
-			b = append(b, name...)
+		b := make([]byte, 0, min(n.size, blockSize))
+		for names := range direntBlocks(n.dir.names) {
+			b = b[:0]
+			nameAt := direntSize * len(names)
+			for _, name := range names {
+				child := n.child(name)
+				b = le.AppendUint64(b, child.nid)
+				b = le.AppendUint16(b, uint16(nameAt))
+				b = append(b, direntType(child.mode), 0)
+				nameAt += len(name)
+			}
+			for _, name := range names {
+				b = append(b, name...)
+			}
+			if !yield(b) {
+				return
+			}
 		}
 	}
-	return b
 }
 
 func (n placed) child(name string) *inode {

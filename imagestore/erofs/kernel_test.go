@@ -286,7 +286,7 @@ func TestFileBetweenRegions(t *testing.T) {
 		if first.err != nil {
 			return first.err
 		}
-		if first.l.ops[0].inode.layout != layoutChunks {
+		if first.l.ops[0][0].inode.layout != layoutChunks {
 			t.Error("the file is one extent")
 		}
 		return errors.Join(w.Apply(t.Context(), first.l), w.Apply(t.Context(), upper))

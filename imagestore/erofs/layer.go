@@ -25,9 +25,12 @@ const (
 type Layer struct {
 	w    *Writer
 	out  *output
-	ops  []op
-	meta int // bytes of names, targets and xattrs held
+	ops  [][]op // in pieces of opPiece, each of which goes when it has been applied
+	dir  string // of the last one
+	dirs int64  // bytes of names of directories
 }
+
+const opPiece = 1024
 
 // op is an entry of a layer. Neighbours share the name of their directory.
 type op struct {
@@ -76,17 +79,22 @@ func (w *Writer) Read(ctx context.Context, layer io.Reader) (*Layer, error) {
 // are those of Read.
 func (w *Writer) Apply(ctx context.Context, l *Layer) error {
 	w.tree.layer++
-	for _, o := range l.ops {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
+	for i, piece := range l.ops {
+		for _, o := range piece {
+			if err := ctx.Err(); err != nil {
+				return context.Cause(ctx)
+			}
+			w.tree.held.Add(-o.cost()) // what of it goes into the tree counts there
+			if err := w.tree.apply(o); err != nil {
+				return fmt.Errorf("layer entry %.200q: %w", o.dir+o.base, err)
+			}
+			if err := w.tree.bounded(); err != nil {
+				return err
+			}
 		}
-		if err := w.tree.apply(o); err != nil {
-			return fmt.Errorf("layer entry %.200q: %w", o.dir+o.base, err)
-		}
-		if w.tree.steps > w.tree.limit.Steps {
-			return exhausted("paths lead through more than %d directories; build the image with fewer files, or less deeply nested ones", w.tree.limit.Steps)
-		}
+		l.ops[i] = nil
 	}
+	w.tree.held.Add(-l.dirs)
 	return nil
 }
 
@@ -116,7 +124,7 @@ func (l *Layer) read(ctx context.Context, hdr *tar.Header, content io.Reader) er
 	switch {
 	case o.whiteout():
 	case hdr.Typeflag == tar.TypeLink:
-		o.link, o.target = true, hdr.Linkname
+		o.link, o.target = true, strings.Clone(hdr.Linkname)
 	default:
 		if o.inode, err = newInode(hdr); err != nil {
 			return err
@@ -135,24 +143,24 @@ func (l *Layer) read(ctx context.Context, hdr *tar.Header, content io.Reader) er
 
 func (o op) whiteout() bool { return strings.HasPrefix(o.base, whiteoutPrefix) }
 
-// note keeps an entry until its turn comes.
+// note keeps an entry until its turn comes. Its texts must be its own: of a header they are parts of all its records.
 func (l *Layer) note(o op) error {
-	if last := len(l.ops) - 1; last >= 0 && l.ops[last].dir == o.dir {
-		o.dir = l.ops[last].dir
+	t := l.w.tree
+	if l.dir == o.dir {
+		o.dir = l.dir
 	} else {
-		l.meta += len(o.dir)
+		size := int64(len(o.dir) + len(o.base)) // of the name that it is part of
+		l.dir, l.dirs = o.dir, l.dirs+size
+		t.held.Add(size)
 	}
 	o.base = strings.Clone(o.base) // and not all of the name
-	l.meta += len(o.base) + len(o.target)
-	if o.inode != nil {
-		l.meta += len(o.inode.target) + len(o.inode.xattrs)
+	t.held.Add(o.cost())
+	last := len(l.ops) - 1
+	if last < 0 || len(l.ops[last]) == opPiece {
+		l.ops, last = append(l.ops, make([]op, 0, opPiece)), last+1
 	}
-	limit := l.w.tree.limit
-	if err := limit.check(len(l.ops)+1, l.meta); err != nil {
-		return err
-	}
-	l.ops = append(l.ops, o)
-	return nil
+	l.ops[last] = append(l.ops[last], o)
+	return t.fits()
 }
 
 // apply does to the tree what an entry says.
@@ -204,12 +212,13 @@ func (t *tree) mkdir(dir *inode, base string, n *inode) error {
 	n.dir = &directory{entries: map[string]entry{}, stripped: t.layer}
 	if base == "" {
 		n.dir = t.root.dir
+		t.held.Add(n.cost() - t.root.cost())
 		*t.root = *n
 		return nil
 	}
 	if old, ok := dir.dir.entries[base]; ok && old.inode.isDir() {
 		n.dir = old.inode.dir
-		t.meta += len(n.xattrs) - len(old.inode.xattrs)
+		t.held.Add(n.cost() - old.inode.cost())
 		dir.dir.entries[base] = entry{n, t.layer}
 		return nil
 	}
@@ -280,7 +289,7 @@ func newInode(hdr *tar.Header) (*inode, error) {
 			return nil, invalid("symlink with a target of %d bytes, or with a zero byte in it", len(hdr.Linkname))
 		}
 		n.mode = unix.S_IFLNK | 0o777 // as any symlink on Linux
-		n.target, n.size = hdr.Linkname, int64(len(hdr.Linkname))
+		n.target, n.size = strings.Clone(hdr.Linkname), int64(len(hdr.Linkname))
 	case n.isDevice():
 		if outside(int(hdr.Devmajor), 1<<12-1) || outside(int(hdr.Devminor), 1<<20-1) {
 			return nil, invalid("device %d:%d out of range", hdr.Devmajor, hdr.Devminor)

@@ -153,7 +153,7 @@ func TestRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Metadata: 30_000})
+			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Memory: 30_000})
 			err = add(t.Context(), w, test.layer)
 			if !test.kind(err) {
 				t.Errorf("got %v", err)
@@ -184,7 +184,7 @@ func TestLimitsOfAllLayers(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Steps: 24, Metadata: 30_000})
+			w := NewWriter(f, [16]byte{}, Limits{Content: 100_000, Entries: 5, Steps: 24, Memory: 30_000})
 			if err := add(t.Context(), w, layers[0]); err != nil {
 				t.Fatal(err)
 			}
@@ -253,7 +253,7 @@ func FuzzLayers(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer file.Close()
-		w := NewWriter(file, [16]byte{}, Limits{Content: 1 << 20, Entries: 1000, Metadata: 1 << 20})
+		w := NewWriter(file, [16]byte{}, Limits{Content: 1 << 20, Entries: 1000, Memory: 1 << 20})
 		for _, layer := range [][]byte{first, second} {
 			if err := add(t.Context(), w, layer); err != nil {
 				return

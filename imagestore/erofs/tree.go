@@ -3,6 +3,7 @@ package erofs
 import (
 	"fmt"
 	"strings"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -41,6 +42,7 @@ type inode struct {
 
 type directory struct {
 	entries map[string]entry
+	most    int // entries that there ever were: a map does not shrink
 	// stripped is the last layer in which all that older layers put here was removed, so that
 	// nothing older can be left.
 	stripped int
@@ -59,9 +61,8 @@ type extent struct{ block, count uint32 }
 type tree struct {
 	root  *inode
 	layer int
-	count int // inodes and names made
-	meta  int // bytes of names, targets and xattrs held
-	steps int // through all paths, successful or not
+	steps int          // through all paths, successful or not
+	held  atomic.Int64 // bytes of memory, also by layers that are read meanwhile
 	limit Limits
 	dead  []extent
 }
@@ -69,6 +70,7 @@ type tree struct {
 func newTree(limit Limits) *tree {
 	t := &tree{limit: limit}
 	t.root = t.implicit()
+	t.held.Add(t.root.cost())
 	return t
 }
 
@@ -90,7 +92,15 @@ func invalid(format string, args ...any) error {
 }
 
 func exhausted(format string, args ...any) error {
-	return fmt.Errorf("image of too many files: "+format+": %w", append(args, errdefs.ErrResourceExhausted)...)
+	return fmt.Errorf(format+": %w", append(args, errdefs.ErrResourceExhausted)...)
+}
+
+// bounded wants that memory and work are within the limits.
+func (t *tree) bounded() error {
+	if t.steps > t.limit.Steps {
+		return exhausted("paths lead through more than %d directories; build the image with fewer files, or less deeply nested ones", t.limit.Steps)
+	}
+	return t.fits()
 }
 
 // add puts name into dir. The caller has removed what was there.
@@ -98,15 +108,18 @@ func (t *tree) add(dir *inode, name string, n *inode) error {
 	if len(name) > maxName {
 		return invalid("name of %d bytes, at most %d are possible", len(name), maxName)
 	}
-	t.count++
-	t.meta += len(name) + len(n.target) + len(n.xattrs)
-	if err := t.limit.check(t.count, t.meta); err != nil {
-		return err
+	if n.nlink == 0 { // of directories it is counted at the end
+		t.held.Add(n.cost())
 	}
 	if !n.isDir() {
 		n.nlink++
 	}
 	dir.dir.entries[name] = entry{n, t.layer}
+	t.held.Add(nameCost + int64(len(name)))
+	if now := len(dir.dir.entries); now > dir.dir.most {
+		t.held.Add(mapCost(now) - mapCost(dir.dir.most))
+		dir.dir.most = now
+	}
 	return nil
 }
 
@@ -121,15 +134,19 @@ func (t *tree) remove(dir *inode, name string) {
 }
 
 func (t *tree) release(name string, n *inode) {
-	t.count--
-	t.meta -= len(name) + len(n.target) + len(n.xattrs)
+	t.held.Add(-nameCost - int64(len(name)))
 	if n.isDir() {
+		t.held.Add(-n.cost() - mapCost(n.dir.most))
 		for child, e := range n.dir.entries {
 			t.release(child, e.inode)
 		}
 		return
 	}
-	if n.nlink--; n.nlink > 0 || !n.isRegular() {
+	if n.nlink--; n.nlink > 0 {
+		return
+	}
+	t.held.Add(-n.cost())
+	if !n.isRegular() {
 		return
 	}
 	if n.layout == layoutPlain {
@@ -154,6 +171,7 @@ func (t *tree) bury(block, count uint32) {
 		return
 	}
 	t.dead = append(t.dead, extent{block, count})
+	t.held.Add(deadCost)
 }
 
 func blocks(size int64) uint32 { return uint32((size + blockSize - 1) / blockSize) }
@@ -185,7 +203,7 @@ func (t *tree) whiteout(dir *inode, name string) {
 		// It lives on for what this layer has put into it, but not with its old attributes.
 		fresh := t.implicit()
 		fresh.dir = e.inode.dir
-		t.meta -= len(e.inode.xattrs)
+		t.held.Add(fresh.cost() - e.inode.cost())
 		dir.dir.entries[name] = entry{fresh, t.layer}
 	default:
 		t.remove(dir, name)
@@ -251,5 +269,5 @@ func (t *tree) step(dir *inode, part string, make bool) (*inode, error) {
 	// that layers are written for shows the directory.
 	t.remove(dir, part)
 	n := t.implicit()
-	return n, t.add(dir, part, n)
+	return n, t.add(dir, strings.Clone(part), n) // and not all of the path
 }

@@ -36,15 +36,14 @@ type Limits struct {
 	// Content is the size of all files of all layers together, holes included, in bytes.
 	// Default 256 GiB.
 	Content int64
-	// Entries is the number of entries of all layers together, and of names in the image. Default 8 Mi.
+	// Memory is what names and attributes take, of the image and of the layers that are read and not yet applied,
+	// in bytes. Default 768 MiB: some two million files.
+	Memory int64
+	// Entries is the number of entries of all layers together. Default 8 Mi.
 	Entries int
 	// Steps is the number of directories passed on the way through the paths of all layers together, symlinks
 	// included. Default 256 Mi: 32 for each entry.
 	Steps int
-	// Metadata is the memory for names, symlink targets and extended attributes, of the image or of
-	// one layer, in bytes.
-	// Default 256 MiB.
-	Metadata int
 }
 
 func (l Limits) withDefaults() Limits {
@@ -57,23 +56,12 @@ func (l Limits) withDefaults() Limits {
 	if l.Steps == 0 {
 		l.Steps = 256 << 20
 	}
-	if l.Metadata == 0 {
-		l.Metadata = 256 << 20
+	if l.Memory == 0 {
+		l.Memory = 768 << 20
 	}
 	// A chunk is read into the buffer as a whole, and blocks have numbers of 32 bits.
 	l.Content = min(l.Content, buffer*maxChunks, (math.MaxUint32-1)*blockSize/2)
 	return l
-}
-
-// check wants a tree, or a layer, with so many names and so many bytes of metadata.
-func (l Limits) check(entries, metadata int) error {
-	if entries > l.Entries {
-		return fmt.Errorf("image has more than %d files: %w", l.Entries, errdefs.ErrResourceExhausted)
-	}
-	if metadata > l.Metadata {
-		return fmt.Errorf("names and attributes of the image take more than %d bytes: %w", l.Metadata, errdefs.ErrResourceExhausted)
-	}
-	return nil
 }
 
 // Writer makes one image. Its layers may be read at the same time (see Read); all else is for one
