@@ -58,10 +58,13 @@ func testPrivileged(t *testing.T, d *harness.Daemon) {
 	pod := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {
 		c.Linux.SecurityContext = &runtimeapi.LinuxSandboxSecurityContext{Privileged: true}
 	})
-	list := pod.Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
+	privileged := pod.Run(images.Busybox, sleeper, func(c *runtimeapi.ContainerConfig) {
 		c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{Privileged: true}
-	}).Exec("ls", "/dev")
-	names := strings.Fields(list)
+	})
+	if out := privileged.Exec("unshare", "-Urmpf", "sh", "-c", "mount -t proc proc /proc && echo inner"); out != "inner\n" {
+		t.Errorf("a rootless container in a privileged one: %q", out)
+	}
+	names := strings.Fields(privileged.Exec("ls", "/dev"))
 	for _, want := range []string{"kmsg", "null", "ptmx"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("no /dev/%s among %q", want, names)

@@ -187,8 +187,10 @@ func testNetwork(t *testing.T, d *harness.Daemon) {
 		_, err := page("http://" + network.Ip + ":443/hostname")
 		return err
 	})
-	if out := user.Exec("cat", "/proc/sys/net/ipv4/ping_group_range"); out != "0\t2147483647\n" {
-		t.Errorf("groups that may ping: %q", out)
+	for name, want := range map[string]string{"net/ipv4/ping_group_range": "0\t2147483647\n", "net/ipv4/ip_forward": "1\n", "vm/max_map_count": "1048576\n"} {
+		if out := user.Exec("cat", "/proc/sys/"+name); out != want {
+			t.Errorf("%s is %q, want %q", name, out, want)
+		}
 	}
 	// Kernel parameters hold for the cards, and for all addresses that CNI gives.
 	quiet := d.RunPod(func(c *runtimeapi.PodSandboxConfig) {

@@ -244,7 +244,8 @@ func (p *Pod) attachImage(ctx context.Context, id string) (imagestore.Image, str
 	if err != nil {
 		return image, "", fmt.Errorf("image %s: %w", id, err)
 	}
-	address, err := p.attachDisk(ctx, image.ID, vmm.Disk{Serial: name[:min(len(name), vmm.SerialMax)], Path: path, ReadOnly: true, Shared: p.m.o.DAX})
+	disk := vmm.Disk{Serial: name[:min(len(name), vmm.SerialMax)], Path: path, ReadOnly: true, Shared: p.m.o.DAX && p.hasRoomToMap(path)}
+	address, err := p.attachDisk(ctx, image.ID, disk)
 	if err != nil && p.record.now().Disks[image.ID] == "" {
 		err = errors.Join(err, remove(path))
 	}
@@ -264,6 +265,35 @@ func remove(path string) error {
 		return err
 	}
 	return nil
+}
+
+// mappedMax bounds the images that a guest maps, as a multiple of its memory: it keeps 64 bytes for each page that
+// is mapped, of memory of its own, whether or not it reads the page.
+// Source: devm_memremap_pages of the Linux kernel.
+const mappedMax = 2
+
+// hasRoomToMap tells whether the guest can map an image beside those that it has mapped.
+func (p *Pod) hasRoomToMap(path string) bool {
+	v := p.machine()
+	if v == nil {
+		return false
+	}
+	total := fileSize(path)
+	for id, address := range p.record.now().Disks {
+		if isPMEM(address) {
+			total += fileSize(p.m.layout.image(p.id, strings.TrimPrefix(id, "sha256:")))
+		}
+	}
+	return total <= mappedMax*v.Info().Size.Memory
+}
+
+// fileSize is 0 for a file that is not there.
+func fileSize(path string) int64 {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
 }
 
 // attachDisk gives the VM a disk, once, and records its address under the key.

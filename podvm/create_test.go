@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -118,6 +119,34 @@ func TestCreateJoined(t *testing.T) {
 		if d.Serial != ScratchDisk().Serial && (!d.ReadOnly || !d.Shared) {
 			t.Errorf("the image's disk is %+v", d)
 		}
+	}
+}
+
+// TestLargeImages: a guest maps images as long as it has room for what it keeps of each page.
+func TestLargeImages(t *testing.T) {
+	n := newNode(t)
+	n.images.other = "sha256:" + strings.Repeat("5", 64)
+	p := n.pod(podConfig("web"))
+	memory := p.machine().Info().Size.Memory
+	if err := os.Truncate(n.images.file, mappedMax*memory*3/4); err != nil {
+		t.Fatal(err)
+	}
+	n.running(p, containerConfig("main"))
+	other := containerConfig("other")
+	other.Image = n.images.other
+	n.running(p, other)
+	for _, d := range n.driver.VMs()[0].Disks() {
+		if first := strings.HasPrefix(testImage, "sha256:"+d.Serial); d.Serial != ScratchDisk().Serial && d.Shared != first {
+			t.Errorf("of two images of %d bytes each, in a VM of %d: %+v", mappedMax*memory*3/4, memory, d)
+		}
+	}
+	if err := os.Truncate(n.images.file, mappedMax*memory+1); err != nil {
+		t.Fatal(err)
+	}
+	p = n.pod(podConfig("large"))
+	n.running(p, containerConfig("main"))
+	if !slices.ContainsFunc(n.driver.VMs()[1].Disks(), func(d vmm.Disk) bool { return d.ReadOnly && !d.Shared }) {
+		t.Error("the guest maps an image that is too large for it")
 	}
 }
 

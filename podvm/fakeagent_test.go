@@ -28,6 +28,7 @@ type fakeAgent struct {
 	containers map[string]*fakeContainer
 	files      []*agent.Files
 	reports    []*agent.ContainerState // sent to watchers as they are
+	behind     time.Duration           // its clock, the node's
 	silent     bool                    // new streams are not answered
 	streams    int                     // that were answered
 }

@@ -28,6 +28,18 @@ func (a *fakeAgent) Setup(_ context.Context, r *agent.SetupRequest) (*agent.Setu
 	return &agent.SetupResponse{Kernel: "6.1\x1b[31m", Agent: "test"}, nil
 }
 
+func (a *fakeAgent) Clock(_ context.Context, r *agent.ClockRequest) (*agent.ClockResponse, error) {
+	if err := a.call("Clock"); err != nil {
+		return nil, err
+	}
+	var now time.Time
+	a.do(func() {
+		a.behind -= time.Duration(r.AddNs)
+		now = time.Now().Add(-a.behind)
+	})
+	return &agent.ClockResponse{ClockNs: now.UnixNano()}, nil
+}
+
 func (a *fakeAgent) Network(_ context.Context, r *agent.NetworkRequest) (*agent.Empty, error) {
 	if err := a.call("Network"); err != nil {
 		return nil, err

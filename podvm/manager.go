@@ -98,6 +98,7 @@ type Manager struct {
 	layout  layout
 	cgroups cgroups
 	syncer  *syncer
+	clocks  tasks
 	events  broker
 	pool    *pool
 	// patience is answerLimit, attach attachLimit.
@@ -180,6 +181,8 @@ func (m *Manager) WarmClones() int { return m.pool.count() }
 // Close lets go of everything; VMs and their containers run on.
 func (m *Manager) Close() error {
 	err := m.pool.close()
+	m.clocks.stop()
+	m.clocks.wait()
 	for _, p := range m.Pods() {
 		p.letGo()
 	}

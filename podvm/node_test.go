@@ -279,10 +279,11 @@ func (f *fakeNetwork) GC(_ context.Context, pods []string) error {
 	return f.fail["GC"]
 }
 
-// fakeImages has one image.
+// fakeImages has one image, or another one with the same file.
 type fakeImages struct {
-	file string
-	fail error
+	file  string
+	other string
+	fail  error
 }
 
 // pullAgain makes the image's file another one, of the same content.
@@ -311,7 +312,7 @@ func (f *fakeImages) Image(id string) (imagestore.Image, error) {
 	if f.fail != nil {
 		return imagestore.Image{}, f.fail
 	}
-	if id != testImage {
+	if id != testImage && id != f.other {
 		return imagestore.Image{}, fmt.Errorf("image %s: %w", id, errdefs.ErrNotFound)
 	}
 	var i imagestore.Image

@@ -147,6 +147,7 @@ func deviceRules(privileged bool) []specs.LinuxDeviceCgroup {
 		device("c", 1, 3, "rwm"), device("c", 1, 5, "rwm"), device("c", 1, 7, "rwm"), // null, zero, full
 		device("c", 1, 8, "rwm"), device("c", 1, 9, "rwm"), // random, urandom
 		device("c", 5, 0, "rwm"), device("c", 5, 2, "rwm"), device("c", 136, -1, "rwm"), // tty, ptmx, pts
+		device("c", 10, 200, "rwm"), // net/tun, which runc allows, too
 	}
 }
 

@@ -39,7 +39,7 @@ type Config struct {
 		Template  string   `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`
 		Warm      int      `toml:"warm" comment:"Clones that are kept ready for pods to come, at most 16: such a pod starts in a third of the time, each takes the memory of an idle pod. -1: one with Cloud Hypervisor and vm.template = node, else none. Not with vm.template = namespace or pod."`
 		Watchdog  Duration `toml:"watchdog" comment:"A guest that answers nothing for so long, while somebody waits for it, is taken for hung: its VM is killed, and its pod is for the kubelet to replace. 0s: never."`
-		DAX       bool     `toml:"dax" comment:"With Cloud Hypervisor, pods of one image share its pages on the node. false: each guest caches what it reads, in memory of its own."`
+		DAX       bool     `toml:"dax" comment:"With Cloud Hypervisor, pods of one image share its pages on the node, as long as a pod's images are not larger than twice its VM's memory. false: each guest caches what it reads, in memory of its own."`
 		EmptyDirs string   `toml:"empty_dirs" comment:"Where emptyDirs of a pod are, but for those of medium Memory. guest: on its scratch disk, which is fast; the kubelet does not see what they hold, so that sizeLimit has no effect, and they end with the VM. node: in the kubelet's folder, served to the pod as host directories are."`
 		Scratch   Size     `toml:"scratch" comment:"Largest writable layers and emptyDirs of a pod together: a sparse file."`
 		QEMU      string   `toml:"qemu" comment:"QEMU's binary; a name is looked up in PATH."`

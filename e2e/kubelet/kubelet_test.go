@@ -35,6 +35,7 @@ func TestKubelet(t *testing.T) {
 		{"KubeletRestart", (*machine).testKubeletRestart},
 		{"DaemonRestart", (*machine).testDaemonRestart},
 		{"Logs", (*machine).testLogs},
+		{"Clock", (*machine).testClock},
 		{"Deletion", (*machine).testDeletion},
 	} {
 		if !t.Run(part.name, func(t *testing.T) { part.run(m, t) }) {

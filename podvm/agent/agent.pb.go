@@ -333,6 +333,94 @@ func (x *SetupResponse) GetBootId() string {
 	return ""
 }
 
+type ClockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AddNs         int64                  `protobuf:"varint,1,opt,name=add_ns,json=addNs,proto3" json:"add_ns,omitempty"` // 0: it is right, or only asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClockRequest) Reset() {
+	*x = ClockRequest{}
+	mi := &file_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClockRequest) ProtoMessage() {}
+
+func (x *ClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
+func (*ClockRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ClockRequest) GetAddNs() int64 {
+	if x != nil {
+		return x.AddNs
+	}
+	return 0
+}
+
+type ClockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClockNs       int64                  `protobuf:"varint,1,opt,name=clock_ns,json=clockNs,proto3" json:"clock_ns,omitempty"` // ns since 1970
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClockResponse) Reset() {
+	*x = ClockResponse{}
+	mi := &file_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClockResponse) ProtoMessage() {}
+
+func (x *ClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
+func (*ClockResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ClockResponse) GetClockNs() int64 {
+	if x != nil {
+		return x.ClockNs
+	}
+	return 0
+}
+
 type DNS struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Servers       []string               `protobuf:"bytes,1,rep,name=servers,proto3" json:"servers,omitempty"`
@@ -344,7 +432,7 @@ type DNS struct {
 
 func (x *DNS) Reset() {
 	*x = DNS{}
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -356,7 +444,7 @@ func (x *DNS) String() string {
 func (*DNS) ProtoMessage() {}
 
 func (x *DNS) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -369,7 +457,7 @@ func (x *DNS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNS.ProtoReflect.Descriptor instead.
 func (*DNS) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DNS) GetServers() []string {
@@ -403,7 +491,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -415,7 +503,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -428,7 +516,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NetworkRequest) GetInterfaces() []*Interface {
@@ -460,7 +548,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +560,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +573,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Interface) GetName() string {
@@ -550,7 +638,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +650,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +663,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Route) GetDestination() string {
@@ -623,7 +711,7 @@ type Neighbour struct {
 
 func (x *Neighbour) Reset() {
 	*x = Neighbour{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -635,7 +723,7 @@ func (x *Neighbour) String() string {
 func (*Neighbour) ProtoMessage() {}
 
 func (x *Neighbour) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -648,7 +736,7 @@ func (x *Neighbour) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
 func (*Neighbour) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Neighbour) GetAddress() string {
@@ -675,7 +763,7 @@ type RehearseRequest struct {
 
 func (x *RehearseRequest) Reset() {
 	*x = RehearseRequest{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +775,7 @@ func (x *RehearseRequest) String() string {
 func (*RehearseRequest) ProtoMessage() {}
 
 func (x *RehearseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +788,7 @@ func (x *RehearseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RehearseRequest.ProtoReflect.Descriptor instead.
 func (*RehearseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RehearseRequest) GetSpec() []byte {
@@ -736,7 +824,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +836,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +849,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -852,7 +940,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -864,7 +952,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -877,7 +965,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateResponse) GetUid() int64 {
@@ -912,7 +1000,7 @@ type Rootfs struct {
 
 func (x *Rootfs) Reset() {
 	*x = Rootfs{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -924,7 +1012,7 @@ func (x *Rootfs) String() string {
 func (*Rootfs) ProtoMessage() {}
 
 func (x *Rootfs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -937,7 +1025,7 @@ func (x *Rootfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rootfs.ProtoReflect.Descriptor instead.
 func (*Rootfs) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Rootfs) GetImageAddr() string {
@@ -977,7 +1065,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -989,7 +1077,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1002,7 +1090,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *User) GetName() string {
@@ -1072,7 +1160,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1084,7 +1172,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1097,7 +1185,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Mount) GetDestination() string {
@@ -1214,7 +1302,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +1314,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +1327,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Files) GetName() string {
@@ -1298,7 +1386,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1398,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1411,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *File) GetPath() string {
@@ -1382,7 +1470,7 @@ type EmptyDir struct {
 
 func (x *EmptyDir) Reset() {
 	*x = EmptyDir{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1394,7 +1482,7 @@ func (x *EmptyDir) String() string {
 func (*EmptyDir) ProtoMessage() {}
 
 func (x *EmptyDir) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1407,7 +1495,7 @@ func (x *EmptyDir) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmptyDir.ProtoReflect.Descriptor instead.
 func (*EmptyDir) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *EmptyDir) GetName() string {
@@ -1463,7 +1551,7 @@ type DiskMount struct {
 
 func (x *DiskMount) Reset() {
 	*x = DiskMount{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1563,7 @@ func (x *DiskMount) String() string {
 func (*DiskMount) ProtoMessage() {}
 
 func (x *DiskMount) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1576,7 @@ func (x *DiskMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskMount.ProtoReflect.Descriptor instead.
 func (*DiskMount) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DiskMount) GetAddr() string {
@@ -1521,7 +1609,7 @@ type Share struct {
 
 func (x *Share) Reset() {
 	*x = Share{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1621,7 @@ func (x *Share) String() string {
 func (*Share) ProtoMessage() {}
 
 func (x *Share) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1634,7 @@ func (x *Share) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Share.ProtoReflect.Descriptor instead.
 func (*Share) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Share) GetTag() string {
@@ -1565,7 +1653,7 @@ type BlockDevice struct {
 
 func (x *BlockDevice) Reset() {
 	*x = BlockDevice{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +1665,7 @@ func (x *BlockDevice) String() string {
 func (*BlockDevice) ProtoMessage() {}
 
 func (x *BlockDevice) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1590,7 +1678,7 @@ func (x *BlockDevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockDevice.ProtoReflect.Descriptor instead.
 func (*BlockDevice) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *BlockDevice) GetAddr() string {
@@ -1609,7 +1697,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1621,7 +1709,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +1722,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1654,7 +1742,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1666,7 +1754,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1679,7 +1767,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StartResponse) GetStartedNs() int64 {
@@ -1707,7 +1795,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1807,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1820,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SignalRequest) GetId() string {
@@ -1766,7 +1854,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1778,7 +1866,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1791,7 +1879,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -1817,7 +1905,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1829,7 +1917,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1842,7 +1930,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RemoveRequest) GetId() string {
@@ -1861,7 +1949,7 @@ type FilesRequest struct {
 
 func (x *FilesRequest) Reset() {
 	*x = FilesRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +1961,7 @@ func (x *FilesRequest) String() string {
 func (*FilesRequest) ProtoMessage() {}
 
 func (x *FilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +1974,7 @@ func (x *FilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FilesRequest.ProtoReflect.Descriptor instead.
 func (*FilesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *FilesRequest) GetFiles() *Files {
@@ -1905,7 +1993,7 @@ type DetachRequest struct {
 
 func (x *DetachRequest) Reset() {
 	*x = DetachRequest{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1917,7 +2005,7 @@ func (x *DetachRequest) String() string {
 func (*DetachRequest) ProtoMessage() {}
 
 func (x *DetachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1930,7 +2018,7 @@ func (x *DetachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachRequest.ProtoReflect.Descriptor instead.
 func (*DetachRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DetachRequest) GetAddr() string {
@@ -1948,7 +2036,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1960,7 +2048,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1973,7 +2061,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type StatsResponse struct {
@@ -1990,7 +2078,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2090,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2103,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StatsResponse) GetTimestampNs() int64 {
@@ -2072,7 +2160,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2084,7 +2172,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2097,7 +2185,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ContainerStats) GetId() string {
@@ -2159,7 +2247,7 @@ type Cgroup struct {
 
 func (x *Cgroup) Reset() {
 	*x = Cgroup{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2259,7 @@ func (x *Cgroup) String() string {
 func (*Cgroup) ProtoMessage() {}
 
 func (x *Cgroup) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2272,7 @@ func (x *Cgroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cgroup.ProtoReflect.Descriptor instead.
 func (*Cgroup) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Cgroup) GetCpuUsageNs() uint64 {
@@ -2360,7 +2448,7 @@ type Throttling struct {
 
 func (x *Throttling) Reset() {
 	*x = Throttling{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2372,7 +2460,7 @@ func (x *Throttling) String() string {
 func (*Throttling) ProtoMessage() {}
 
 func (x *Throttling) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2385,7 +2473,7 @@ func (x *Throttling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Throttling.ProtoReflect.Descriptor instead.
 func (*Throttling) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Throttling) GetPeriods() uint64 {
@@ -2422,7 +2510,7 @@ type DiskIO struct {
 
 func (x *DiskIO) Reset() {
 	*x = DiskIO{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2434,7 +2522,7 @@ func (x *DiskIO) String() string {
 func (*DiskIO) ProtoMessage() {}
 
 func (x *DiskIO) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2447,7 +2535,7 @@ func (x *DiskIO) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskIO.ProtoReflect.Descriptor instead.
 func (*DiskIO) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DiskIO) GetDevice() string {
@@ -2495,7 +2583,7 @@ type PSI struct {
 
 func (x *PSI) Reset() {
 	*x = PSI{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2507,7 +2595,7 @@ func (x *PSI) String() string {
 func (*PSI) ProtoMessage() {}
 
 func (x *PSI) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2520,7 +2608,7 @@ func (x *PSI) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PSI.ProtoReflect.Descriptor instead.
 func (*PSI) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PSI) GetFull() *PSIData {
@@ -2549,7 +2637,7 @@ type PSIData struct {
 
 func (x *PSIData) Reset() {
 	*x = PSIData{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2649,7 @@ func (x *PSIData) String() string {
 func (*PSIData) ProtoMessage() {}
 
 func (x *PSIData) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2662,7 @@ func (x *PSIData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PSIData.ProtoReflect.Descriptor instead.
 func (*PSIData) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PSIData) GetTotalUs() uint64 {
@@ -2622,7 +2710,7 @@ type NetStats struct {
 
 func (x *NetStats) Reset() {
 	*x = NetStats{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2634,7 +2722,7 @@ func (x *NetStats) String() string {
 func (*NetStats) ProtoMessage() {}
 
 func (x *NetStats) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2647,7 +2735,7 @@ func (x *NetStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetStats.ProtoReflect.Descriptor instead.
 func (*NetStats) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetStats) GetName() string {
@@ -2721,7 +2809,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2733,7 +2821,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2746,7 +2834,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 type ContainerState struct {
@@ -2765,7 +2853,7 @@ type ContainerState struct {
 
 func (x *ContainerState) Reset() {
 	*x = ContainerState{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2777,7 +2865,7 @@ func (x *ContainerState) String() string {
 func (*ContainerState) ProtoMessage() {}
 
 func (x *ContainerState) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2790,7 +2878,7 @@ func (x *ContainerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerState.ProtoReflect.Descriptor instead.
 func (*ContainerState) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ContainerState) GetId() string {
@@ -2859,7 +2947,7 @@ type WrittenFile struct {
 
 func (x *WrittenFile) Reset() {
 	*x = WrittenFile{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2871,7 +2959,7 @@ func (x *WrittenFile) String() string {
 func (*WrittenFile) ProtoMessage() {}
 
 func (x *WrittenFile) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2884,7 +2972,7 @@ func (x *WrittenFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WrittenFile.ProtoReflect.Descriptor instead.
 func (*WrittenFile) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WrittenFile) GetName() string {
@@ -2924,7 +3012,11 @@ const file_agent_proto_rawDesc = "" +
 	"\rSetupResponse\x12\x16\n" +
 	"\x06kernel\x18\x01 \x01(\tR\x06kernel\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x17\n" +
-	"\aboot_id\x18\x03 \x01(\tR\x06bootId\"U\n" +
+	"\aboot_id\x18\x03 \x01(\tR\x06bootId\"%\n" +
+	"\fClockRequest\x12\x15\n" +
+	"\x06add_ns\x18\x01 \x01(\x03R\x05addNs\"*\n" +
+	"\rClockResponse\x12\x19\n" +
+	"\bclock_ns\x18\x01 \x01(\x03R\aclockNs\"U\n" +
 	"\x03DNS\x12\x18\n" +
 	"\aservers\x18\x01 \x03(\tR\aservers\x12\x1a\n" +
 	"\bsearches\x18\x02 \x03(\tR\bsearches\x12\x18\n" +
@@ -3151,11 +3243,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_CREATED\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x10\n" +
-	"\fSTATE_EXITED\x10\x032\xa5\a\n" +
+	"\fSTATE_EXITED\x10\x032\xef\a\n" +
 	"\x05Agent\x12D\n" +
 	"\aPrepare\x12 .caisson.agent.v1.PrepareRequest\x1a\x17.caisson.agent.v1.Empty\x12F\n" +
 	"\bRehearse\x12!.caisson.agent.v1.RehearseRequest\x1a\x17.caisson.agent.v1.Empty\x12H\n" +
-	"\x05Setup\x12\x1e.caisson.agent.v1.SetupRequest\x1a\x1f.caisson.agent.v1.SetupResponse\x12D\n" +
+	"\x05Setup\x12\x1e.caisson.agent.v1.SetupRequest\x1a\x1f.caisson.agent.v1.SetupResponse\x12H\n" +
+	"\x05Clock\x12\x1e.caisson.agent.v1.ClockRequest\x1a\x1f.caisson.agent.v1.ClockResponse\x12D\n" +
 	"\aNetwork\x12 .caisson.agent.v1.NetworkRequest\x1a\x17.caisson.agent.v1.Empty\x12K\n" +
 	"\x06Create\x12\x1f.caisson.agent.v1.CreateRequest\x1a .caisson.agent.v1.CreateResponse\x12H\n" +
 	"\x05Start\x12\x1e.caisson.agent.v1.StartRequest\x1a\x1f.caisson.agent.v1.StartResponse\x12B\n" +
@@ -3180,110 +3273,114 @@ func file_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_agent_proto_goTypes = []any{
 	(State)(0),              // 0: caisson.agent.v1.State
 	(*Empty)(nil),           // 1: caisson.agent.v1.Empty
 	(*PrepareRequest)(nil),  // 2: caisson.agent.v1.PrepareRequest
 	(*SetupRequest)(nil),    // 3: caisson.agent.v1.SetupRequest
 	(*SetupResponse)(nil),   // 4: caisson.agent.v1.SetupResponse
-	(*DNS)(nil),             // 5: caisson.agent.v1.DNS
-	(*NetworkRequest)(nil),  // 6: caisson.agent.v1.NetworkRequest
-	(*Interface)(nil),       // 7: caisson.agent.v1.Interface
-	(*Route)(nil),           // 8: caisson.agent.v1.Route
-	(*Neighbour)(nil),       // 9: caisson.agent.v1.Neighbour
-	(*RehearseRequest)(nil), // 10: caisson.agent.v1.RehearseRequest
-	(*CreateRequest)(nil),   // 11: caisson.agent.v1.CreateRequest
-	(*CreateResponse)(nil),  // 12: caisson.agent.v1.CreateResponse
-	(*Rootfs)(nil),          // 13: caisson.agent.v1.Rootfs
-	(*User)(nil),            // 14: caisson.agent.v1.User
-	(*Mount)(nil),           // 15: caisson.agent.v1.Mount
-	(*Files)(nil),           // 16: caisson.agent.v1.Files
-	(*File)(nil),            // 17: caisson.agent.v1.File
-	(*EmptyDir)(nil),        // 18: caisson.agent.v1.EmptyDir
-	(*DiskMount)(nil),       // 19: caisson.agent.v1.DiskMount
-	(*Share)(nil),           // 20: caisson.agent.v1.Share
-	(*BlockDevice)(nil),     // 21: caisson.agent.v1.BlockDevice
-	(*StartRequest)(nil),    // 22: caisson.agent.v1.StartRequest
-	(*StartResponse)(nil),   // 23: caisson.agent.v1.StartResponse
-	(*SignalRequest)(nil),   // 24: caisson.agent.v1.SignalRequest
-	(*UpdateRequest)(nil),   // 25: caisson.agent.v1.UpdateRequest
-	(*RemoveRequest)(nil),   // 26: caisson.agent.v1.RemoveRequest
-	(*FilesRequest)(nil),    // 27: caisson.agent.v1.FilesRequest
-	(*DetachRequest)(nil),   // 28: caisson.agent.v1.DetachRequest
-	(*StatsRequest)(nil),    // 29: caisson.agent.v1.StatsRequest
-	(*StatsResponse)(nil),   // 30: caisson.agent.v1.StatsResponse
-	(*ContainerStats)(nil),  // 31: caisson.agent.v1.ContainerStats
-	(*Cgroup)(nil),          // 32: caisson.agent.v1.Cgroup
-	(*Throttling)(nil),      // 33: caisson.agent.v1.Throttling
-	(*DiskIO)(nil),          // 34: caisson.agent.v1.DiskIO
-	(*PSI)(nil),             // 35: caisson.agent.v1.PSI
-	(*PSIData)(nil),         // 36: caisson.agent.v1.PSIData
-	(*NetStats)(nil),        // 37: caisson.agent.v1.NetStats
-	(*WatchRequest)(nil),    // 38: caisson.agent.v1.WatchRequest
-	(*ContainerState)(nil),  // 39: caisson.agent.v1.ContainerState
-	(*WrittenFile)(nil),     // 40: caisson.agent.v1.WrittenFile
-	nil,                     // 41: caisson.agent.v1.NetworkRequest.SysctlsEntry
+	(*ClockRequest)(nil),    // 5: caisson.agent.v1.ClockRequest
+	(*ClockResponse)(nil),   // 6: caisson.agent.v1.ClockResponse
+	(*DNS)(nil),             // 7: caisson.agent.v1.DNS
+	(*NetworkRequest)(nil),  // 8: caisson.agent.v1.NetworkRequest
+	(*Interface)(nil),       // 9: caisson.agent.v1.Interface
+	(*Route)(nil),           // 10: caisson.agent.v1.Route
+	(*Neighbour)(nil),       // 11: caisson.agent.v1.Neighbour
+	(*RehearseRequest)(nil), // 12: caisson.agent.v1.RehearseRequest
+	(*CreateRequest)(nil),   // 13: caisson.agent.v1.CreateRequest
+	(*CreateResponse)(nil),  // 14: caisson.agent.v1.CreateResponse
+	(*Rootfs)(nil),          // 15: caisson.agent.v1.Rootfs
+	(*User)(nil),            // 16: caisson.agent.v1.User
+	(*Mount)(nil),           // 17: caisson.agent.v1.Mount
+	(*Files)(nil),           // 18: caisson.agent.v1.Files
+	(*File)(nil),            // 19: caisson.agent.v1.File
+	(*EmptyDir)(nil),        // 20: caisson.agent.v1.EmptyDir
+	(*DiskMount)(nil),       // 21: caisson.agent.v1.DiskMount
+	(*Share)(nil),           // 22: caisson.agent.v1.Share
+	(*BlockDevice)(nil),     // 23: caisson.agent.v1.BlockDevice
+	(*StartRequest)(nil),    // 24: caisson.agent.v1.StartRequest
+	(*StartResponse)(nil),   // 25: caisson.agent.v1.StartResponse
+	(*SignalRequest)(nil),   // 26: caisson.agent.v1.SignalRequest
+	(*UpdateRequest)(nil),   // 27: caisson.agent.v1.UpdateRequest
+	(*RemoveRequest)(nil),   // 28: caisson.agent.v1.RemoveRequest
+	(*FilesRequest)(nil),    // 29: caisson.agent.v1.FilesRequest
+	(*DetachRequest)(nil),   // 30: caisson.agent.v1.DetachRequest
+	(*StatsRequest)(nil),    // 31: caisson.agent.v1.StatsRequest
+	(*StatsResponse)(nil),   // 32: caisson.agent.v1.StatsResponse
+	(*ContainerStats)(nil),  // 33: caisson.agent.v1.ContainerStats
+	(*Cgroup)(nil),          // 34: caisson.agent.v1.Cgroup
+	(*Throttling)(nil),      // 35: caisson.agent.v1.Throttling
+	(*DiskIO)(nil),          // 36: caisson.agent.v1.DiskIO
+	(*PSI)(nil),             // 37: caisson.agent.v1.PSI
+	(*PSIData)(nil),         // 38: caisson.agent.v1.PSIData
+	(*NetStats)(nil),        // 39: caisson.agent.v1.NetStats
+	(*WatchRequest)(nil),    // 40: caisson.agent.v1.WatchRequest
+	(*ContainerState)(nil),  // 41: caisson.agent.v1.ContainerState
+	(*WrittenFile)(nil),     // 42: caisson.agent.v1.WrittenFile
+	nil,                     // 43: caisson.agent.v1.NetworkRequest.SysctlsEntry
 }
 var file_agent_proto_depIdxs = []int32{
-	5,  // 0: caisson.agent.v1.SetupRequest.dns:type_name -> caisson.agent.v1.DNS
-	6,  // 1: caisson.agent.v1.SetupRequest.network:type_name -> caisson.agent.v1.NetworkRequest
-	7,  // 2: caisson.agent.v1.NetworkRequest.interfaces:type_name -> caisson.agent.v1.Interface
-	41, // 3: caisson.agent.v1.NetworkRequest.sysctls:type_name -> caisson.agent.v1.NetworkRequest.SysctlsEntry
-	8,  // 4: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
-	9,  // 5: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
-	13, // 6: caisson.agent.v1.RehearseRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
-	13, // 7: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
-	15, // 8: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
-	14, // 9: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
-	16, // 10: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
-	18, // 11: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
-	19, // 12: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
-	20, // 13: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
-	21, // 14: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
-	17, // 15: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
-	16, // 16: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
-	32, // 17: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
-	31, // 18: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
-	37, // 19: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
-	32, // 20: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
-	35, // 21: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
-	35, // 22: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
-	35, // 23: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
-	33, // 24: caisson.agent.v1.Cgroup.throttling:type_name -> caisson.agent.v1.Throttling
-	34, // 25: caisson.agent.v1.Cgroup.disks:type_name -> caisson.agent.v1.DiskIO
-	36, // 26: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
-	36, // 27: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
+	7,  // 0: caisson.agent.v1.SetupRequest.dns:type_name -> caisson.agent.v1.DNS
+	8,  // 1: caisson.agent.v1.SetupRequest.network:type_name -> caisson.agent.v1.NetworkRequest
+	9,  // 2: caisson.agent.v1.NetworkRequest.interfaces:type_name -> caisson.agent.v1.Interface
+	43, // 3: caisson.agent.v1.NetworkRequest.sysctls:type_name -> caisson.agent.v1.NetworkRequest.SysctlsEntry
+	10, // 4: caisson.agent.v1.Interface.routes:type_name -> caisson.agent.v1.Route
+	11, // 5: caisson.agent.v1.Interface.neighbours:type_name -> caisson.agent.v1.Neighbour
+	15, // 6: caisson.agent.v1.RehearseRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
+	15, // 7: caisson.agent.v1.CreateRequest.rootfs:type_name -> caisson.agent.v1.Rootfs
+	17, // 8: caisson.agent.v1.CreateRequest.mounts:type_name -> caisson.agent.v1.Mount
+	16, // 9: caisson.agent.v1.CreateRequest.user:type_name -> caisson.agent.v1.User
+	18, // 10: caisson.agent.v1.Mount.files:type_name -> caisson.agent.v1.Files
+	20, // 11: caisson.agent.v1.Mount.empty_dir:type_name -> caisson.agent.v1.EmptyDir
+	21, // 12: caisson.agent.v1.Mount.disk:type_name -> caisson.agent.v1.DiskMount
+	22, // 13: caisson.agent.v1.Mount.share:type_name -> caisson.agent.v1.Share
+	23, // 14: caisson.agent.v1.Mount.device:type_name -> caisson.agent.v1.BlockDevice
+	19, // 15: caisson.agent.v1.Files.files:type_name -> caisson.agent.v1.File
+	18, // 16: caisson.agent.v1.FilesRequest.files:type_name -> caisson.agent.v1.Files
+	34, // 17: caisson.agent.v1.StatsResponse.pod:type_name -> caisson.agent.v1.Cgroup
+	33, // 18: caisson.agent.v1.StatsResponse.containers:type_name -> caisson.agent.v1.ContainerStats
+	39, // 19: caisson.agent.v1.StatsResponse.network:type_name -> caisson.agent.v1.NetStats
+	34, // 20: caisson.agent.v1.ContainerStats.cgroup:type_name -> caisson.agent.v1.Cgroup
+	37, // 21: caisson.agent.v1.Cgroup.cpu_psi:type_name -> caisson.agent.v1.PSI
+	37, // 22: caisson.agent.v1.Cgroup.memory_psi:type_name -> caisson.agent.v1.PSI
+	37, // 23: caisson.agent.v1.Cgroup.io_psi:type_name -> caisson.agent.v1.PSI
+	35, // 24: caisson.agent.v1.Cgroup.throttling:type_name -> caisson.agent.v1.Throttling
+	36, // 25: caisson.agent.v1.Cgroup.disks:type_name -> caisson.agent.v1.DiskIO
+	38, // 26: caisson.agent.v1.PSI.full:type_name -> caisson.agent.v1.PSIData
+	38, // 27: caisson.agent.v1.PSI.some:type_name -> caisson.agent.v1.PSIData
 	0,  // 28: caisson.agent.v1.ContainerState.state:type_name -> caisson.agent.v1.State
-	40, // 29: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
+	42, // 29: caisson.agent.v1.ContainerState.files:type_name -> caisson.agent.v1.WrittenFile
 	2,  // 30: caisson.agent.v1.Agent.Prepare:input_type -> caisson.agent.v1.PrepareRequest
-	10, // 31: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.RehearseRequest
+	12, // 31: caisson.agent.v1.Agent.Rehearse:input_type -> caisson.agent.v1.RehearseRequest
 	3,  // 32: caisson.agent.v1.Agent.Setup:input_type -> caisson.agent.v1.SetupRequest
-	6,  // 33: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
-	11, // 34: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
-	22, // 35: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
-	24, // 36: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
-	25, // 37: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
-	26, // 38: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
-	27, // 39: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
-	28, // 40: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
-	29, // 41: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
-	38, // 42: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
-	1,  // 43: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
-	1,  // 44: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
-	4,  // 45: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
-	1,  // 46: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
-	12, // 47: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
-	23, // 48: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
-	1,  // 49: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
-	1,  // 50: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
-	1,  // 51: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
-	1,  // 52: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
-	1,  // 53: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
-	30, // 54: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
-	39, // 55: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
-	43, // [43:56] is the sub-list for method output_type
-	30, // [30:43] is the sub-list for method input_type
+	5,  // 33: caisson.agent.v1.Agent.Clock:input_type -> caisson.agent.v1.ClockRequest
+	8,  // 34: caisson.agent.v1.Agent.Network:input_type -> caisson.agent.v1.NetworkRequest
+	13, // 35: caisson.agent.v1.Agent.Create:input_type -> caisson.agent.v1.CreateRequest
+	24, // 36: caisson.agent.v1.Agent.Start:input_type -> caisson.agent.v1.StartRequest
+	26, // 37: caisson.agent.v1.Agent.Signal:input_type -> caisson.agent.v1.SignalRequest
+	27, // 38: caisson.agent.v1.Agent.Update:input_type -> caisson.agent.v1.UpdateRequest
+	28, // 39: caisson.agent.v1.Agent.Remove:input_type -> caisson.agent.v1.RemoveRequest
+	29, // 40: caisson.agent.v1.Agent.Files:input_type -> caisson.agent.v1.FilesRequest
+	30, // 41: caisson.agent.v1.Agent.Detach:input_type -> caisson.agent.v1.DetachRequest
+	31, // 42: caisson.agent.v1.Agent.Stats:input_type -> caisson.agent.v1.StatsRequest
+	40, // 43: caisson.agent.v1.Agent.Watch:input_type -> caisson.agent.v1.WatchRequest
+	1,  // 44: caisson.agent.v1.Agent.Prepare:output_type -> caisson.agent.v1.Empty
+	1,  // 45: caisson.agent.v1.Agent.Rehearse:output_type -> caisson.agent.v1.Empty
+	4,  // 46: caisson.agent.v1.Agent.Setup:output_type -> caisson.agent.v1.SetupResponse
+	6,  // 47: caisson.agent.v1.Agent.Clock:output_type -> caisson.agent.v1.ClockResponse
+	1,  // 48: caisson.agent.v1.Agent.Network:output_type -> caisson.agent.v1.Empty
+	14, // 49: caisson.agent.v1.Agent.Create:output_type -> caisson.agent.v1.CreateResponse
+	25, // 50: caisson.agent.v1.Agent.Start:output_type -> caisson.agent.v1.StartResponse
+	1,  // 51: caisson.agent.v1.Agent.Signal:output_type -> caisson.agent.v1.Empty
+	1,  // 52: caisson.agent.v1.Agent.Update:output_type -> caisson.agent.v1.Empty
+	1,  // 53: caisson.agent.v1.Agent.Remove:output_type -> caisson.agent.v1.Empty
+	1,  // 54: caisson.agent.v1.Agent.Files:output_type -> caisson.agent.v1.Empty
+	1,  // 55: caisson.agent.v1.Agent.Detach:output_type -> caisson.agent.v1.Empty
+	32, // 56: caisson.agent.v1.Agent.Stats:output_type -> caisson.agent.v1.StatsResponse
+	41, // 57: caisson.agent.v1.Agent.Watch:output_type -> caisson.agent.v1.ContainerState
+	44, // [44:58] is the sub-list for method output_type
+	30, // [30:44] is the sub-list for method input_type
 	30, // [30:30] is the sub-list for extension type_name
 	30, // [30:30] is the sub-list for extension extendee
 	0,  // [0:30] is the sub-list for field type_name
@@ -3294,7 +3391,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[14].OneofWrappers = []any{
+	file_agent_proto_msgTypes[16].OneofWrappers = []any{
 		(*Mount_Files)(nil),
 		(*Mount_EmptyDir)(nil),
 		(*Mount_Disk)(nil),
@@ -3307,7 +3404,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   41,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

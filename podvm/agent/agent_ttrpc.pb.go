@@ -11,6 +11,7 @@ type AgentService interface {
 	Prepare(context.Context, *PrepareRequest) (*Empty, error)
 	Rehearse(context.Context, *RehearseRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
+	Clock(context.Context, *ClockRequest) (*ClockResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
 	Start(context.Context, *StartRequest) (*StartResponse, error)
@@ -59,6 +60,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.Setup(ctx, &req)
+			},
+			"Clock": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ClockRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Clock(ctx, &req)
 			},
 			"Network": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req NetworkRequest
@@ -144,6 +152,7 @@ type AgentClient interface {
 	Prepare(context.Context, *PrepareRequest) (*Empty, error)
 	Rehearse(context.Context, *RehearseRequest) (*Empty, error)
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
+	Clock(context.Context, *ClockRequest) (*ClockResponse, error)
 	Network(context.Context, *NetworkRequest) (*Empty, error)
 	Create(context.Context, *CreateRequest) (*CreateResponse, error)
 	Start(context.Context, *StartRequest) (*StartResponse, error)
@@ -185,6 +194,14 @@ func (c *agentClient) Rehearse(ctx context.Context, req *RehearseRequest) (*Empt
 func (c *agentClient) Setup(ctx context.Context, req *SetupRequest) (*SetupResponse, error) {
 	var resp SetupResponse
 	if err := c.client.Call(ctx, "caisson.agent.v1.Agent", "Setup", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Clock(ctx context.Context, req *ClockRequest) (*ClockResponse, error) {
+	var resp ClockResponse
+	if err := c.client.Call(ctx, "caisson.agent.v1.Agent", "Clock", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -6,10 +6,14 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 )
+
+// ClockStep is from where on a guest's wall clock is corrected at once, and not gradually.
+const ClockStep = 500 * time.Millisecond
 
 // agentPort is vmm.AgentPort.
 const agentPort = 1024

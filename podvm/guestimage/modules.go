@@ -37,13 +37,15 @@ var (
 	onDemand = []string{
 		// File systems and block devices of volumes and scratch disks.
 		"fs/ext4/ext4", "fs/xfs/xfs", "fs/quota/quota_v2", "drivers/md/dm-verity", "drivers/block/loop",
-		"drivers/scsi/virtio_scsi", "drivers/scsi/sd_mod",
+		"drivers/scsi/virtio_scsi", "drivers/scsi/sd_mod", "drivers/md/dm-crypt", "fs/binfmt_misc",
 		"arch/x86/crypto/sha256-ssse3", "arch/x86/crypto/crct10dif-pclmul",
 		// Networks that pods build themselves: containers in pods, service meshes, VPNs.
 		"drivers/net/tun", "drivers/net/veth", "drivers/net/dummy", "drivers/net/macvlan",
 		"drivers/net/ipvlan/ipvlan", "drivers/net/vxlan/vxlan", "drivers/net/wireguard/wireguard",
 		"net/bridge/bridge", "net/bridge/br_netfilter", "net/ipv4/ip_tunnel", "net/ipv4/ipip",
-		"net/ipv6/sit", "net/ipv4/inet_diag", "net/ipv4/tcp_diag", "net/ipv4/tcp_bbr",
+		"net/ipv6/sit", "net/ipv6/ip6_tunnel", "net/ipv4/gre", "net/ipv4/ip_gre", "net/ipv6/ip6_gre", "net/8021q/8021q",
+		"net/xfrm/xfrm_user", "net/ipv4/esp4", "net/ipv6/esp6", "net/sctp/sctp", "net/tls/tls",
+		"net/ipv4/inet_diag", "net/ipv4/tcp_diag", "net/ipv4/udp_diag", "net/unix/unix_diag", "net/ipv4/tcp_bbr",
 		"net/netfilter/nf_*", "net/netfilter/nft_*", "net/netfilter/xt_*", "net/netfilter/nfnetlink*",
 		"net/netfilter/ipset/ip_set*", "net/ipv4/netfilter/*", "net/ipv6/netfilter/*",
 		"net/sched/sch_*", "net/sched/cls_*", "net/sched/act_*",

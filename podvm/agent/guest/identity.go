@@ -3,7 +3,6 @@ package guest
 import (
 	"encoding/binary"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 	"unsafe"
@@ -13,7 +12,7 @@ import (
 )
 
 // nameFiles are by what containers see who they are.
-var nameFiles = []string{"hostname", "resolv.conf", "boot_id", "machine-id"}
+var nameFiles = []string{"hostname", "resolv.conf", "machine-id"}
 
 // names has the files of nameFiles open, which a clone has from its template.
 type names struct {
@@ -88,29 +87,23 @@ func (e entropy) credit(bytes []byte) error {
 	return unix.IoctlSetInt(int(e.Fd()), unix.RNDRESEEDCRNG, 0)
 }
 
-// bootID is a random UUID in the form of the kernel's.
-func (e entropy) bootID() (string, error) {
-	var b [16]byte
-	if _, err := io.ReadFull(e, b[:]); err != nil {
-		return "", fmt.Errorf("read the kernel's random pool: %w", err)
-	}
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:]), nil
+// bootID reads the guest's boot_id. The kernel makes it when it is first read, and so not in a template, whose
+// clones would all have the same; and not by a file that is mounted over it: in a container whose /proc is covered
+// anywhere nobody can mount another one, as rootless containers in a privileged one do.
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
 }
 
-// identity sets names and writes the files that containers see them by; it returns the boot id.
-func (a *Agent) identity(req *agent.SetupRequest) (bootID string, err error) {
+// identity sets names and writes the files that containers see them by.
+func (a *Agent) identity(req *agent.SetupRequest) error {
 	if req.Hostname != "" {
 		if err := unix.Sethostname([]byte(req.Hostname)); err != nil {
-			return "", fmt.Errorf("set the host name %q: %w", req.Hostname, err)
+			return fmt.Errorf("set the host name %q: %w", req.Hostname, err)
 		}
 	}
-	if bootID, err = a.entropy.bootID(); err != nil {
-		return "", err
-	}
-	return bootID, a.names.write(map[string]string{
-		"hostname": req.Hostname + "\n", "resolv.conf": resolvConf(req.Dns), "boot_id": bootID + "\n",
-		"machine-id": req.MachineId + "\n",
+	return a.names.write(map[string]string{
+		"hostname": req.Hostname + "\n", "resolv.conf": resolvConf(req.Dns), "machine-id": req.MachineId + "\n",
 	})
 }
 

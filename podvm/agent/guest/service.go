@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"time"
 
 	"github.com/caisson-vm/caisson/podvm/agent"
 	"golang.org/x/sys/unix"
@@ -20,6 +21,13 @@ func (s service) Rehearse(ctx context.Context, req *agent.RehearseRequest) (*age
 
 func (s service) Setup(ctx context.Context, req *agent.SetupRequest) (*agent.SetupResponse, error) {
 	return s.a.doSetup(ctx, req)
+}
+
+func (s service) Clock(_ context.Context, req *agent.ClockRequest) (*agent.ClockResponse, error) {
+	if err := correct(time.Duration(req.AddNs)); err != nil {
+		return nil, err
+	}
+	return &agent.ClockResponse{ClockNs: time.Now().UnixNano()}, nil
 }
 
 func (s service) Network(ctx context.Context, req *agent.NetworkRequest) (*agent.Empty, error) {

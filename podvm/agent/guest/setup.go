@@ -37,8 +37,7 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 	if err := a.prepare(ctx, req.ScratchAddr); err != nil {
 		return nil, err
 	}
-	bootID, err := a.identity(req)
-	if err != nil {
+	if err := a.identity(req); err != nil {
 		return nil, err
 	}
 	if err := a.sizeShm(req.ShmSize); err != nil {
@@ -53,7 +52,13 @@ func (a *Agent) doSetup(ctx context.Context, req *agent.SetupRequest) (*agent.Se
 	if err := unix.Uname(&u); err != nil {
 		return nil, fmt.Errorf("uname: %w", err)
 	}
-	resp := &agent.SetupResponse{Kernel: unix.ByteSliceToString(u.Release[:]), Agent: a.o.Version, BootId: bootID}
+	resp := &agent.SetupResponse{Kernel: unix.ByteSliceToString(u.Release[:]), Agent: a.o.Version}
+	if req.PodId != rehearsal {
+		var err error
+		if resp.BootId, err = bootID(); err != nil {
+			return nil, err
+		}
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.setup, a.podID = resp, req.PodId

@@ -92,7 +92,6 @@ func (a *Agent) podMounts() []specs.Mount {
 		file("shm", "/dev/shm", "rw", "nosuid", "nodev", "noexec"),
 		file("resolv.conf", "/etc/resolv.conf", "rw"),
 		file("hostname", "/etc/hostname", "rw"),
-		file("boot_id", "/proc/sys/kernel/random/boot_id", "ro", "nosuid", "nodev", "noexec"),
 	}
 }
 

@@ -140,6 +140,7 @@ func TestVM(t *testing.T) {
 	t.Run("stats", func(t *testing.T) { m.t = t; m.stats(t) })
 	t.Run("throughput", func(t *testing.T) { m.t = t; m.throughput(t) })
 	t.Run("pid", func(t *testing.T) { m.t = t; m.pid(t) })
+	t.Run("clock", func(t *testing.T) { m.t = t; m.clock(t) })
 	t.Run("hostile", func(t *testing.T) { m.t = t; m.hostile(t) })
 }
 
@@ -169,6 +170,27 @@ func (m *machine) life(t *testing.T) {
 	begin := time.Now()
 	r.remove()
 	t.Logf("remove: %v", time.Since(begin))
+}
+
+// clock sets the guest's clock forward and back, which takes the time that the calls take, and corrects it a little.
+func (m *machine) clock(t *testing.T) {
+	ask := func(add time.Duration) time.Duration {
+		began := time.Now()
+		r, err := service1(t, m.ctx, m.c).Clock(m.ctx, &agent.ClockRequest{AddNs: int64(add)})
+		if err != nil {
+			t.Fatalf("add %v: %v", add, err)
+		}
+		return time.Duration(r.ClockNs - began.UnixNano())
+	}
+	const most = 10 * time.Second
+	for _, add := range []time.Duration{0, 2 * time.Hour, -2*time.Hour - time.Nanosecond, 100 * time.Millisecond, -100 * time.Millisecond} {
+		before := ask(0)
+		if gained := ask(add) - before; add.Abs() >= agent.ClockStep && (gained-add).Abs() > most {
+			t.Errorf("the clock gained %v, want %v", gained, add)
+		} else if add.Abs() < agent.ClockStep && gained.Abs() > most {
+			t.Errorf("the clock gained %v at once, by a correction of %v", gained, add)
+		}
+	}
 }
 
 func (m *machine) oom(t *testing.T) {

@@ -260,7 +260,10 @@ func (v *FakeVM) AddDisk(ctx context.Context, d vmm.Disk) (string, error) {
 		return "", fmt.Errorf("disk %s: %w", d.Serial, errdefs.ErrAlreadyExists)
 	}
 	v.disks[d.Serial] = d
-	return "serial:" + d.Serial, nil
+	if d.Shared {
+		return "pci:" + d.Serial, nil
+	}
+	return vmm.SerialAddress(d.Serial), nil
 }
 
 // RemoveDisk implements vmm.VM.

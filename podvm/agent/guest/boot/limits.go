@@ -42,6 +42,10 @@ var settings = map[string]string{
 	"user/max_cgroup_namespaces":   "524288",
 	"user/max_time_namespaces":     "524288",
 
+	// As on a node for Kubernetes, whose network namespaces begin with what it has, and as distributions have it.
+	"net/ipv4/ip_forward": "1",
+	"vm/max_map_count":    "1048576",
+
 	// Whoever is not root may listen on every port, and ping, as with containerd. The pod's own sysctls come after.
 	"net/ipv4/ip_unprivileged_port_start": "0",
 	"net/ipv4/ping_group_range":           "0 2147483647",
@@ -53,6 +57,9 @@ func limits() error {
 			return err
 		}
 	}
+	if err := connections(); err != nil {
+		return err
+	}
 	if err := write("/proc/self/oom_score_adj", "-1000"); err != nil {
 		return err
 	}
@@ -63,6 +70,23 @@ func limits() error {
 		// Package syscall knows that the limit was set, and leaves it to child processes.
 		if err := syscall.Setrlimit(resource, &syscall.Rlimit{Cur: limit, Max: limit}); err != nil {
 			return fmt.Errorf("set resource limit %d: %w", resource, err)
+		}
+	}
+	return nil
+}
+
+// connectionsMax is there when the kernel tracks connections.
+const connectionsMax = "/proc/sys/net/netfilter/nf_conntrack_max"
+
+// connections lets pods track as many connections as a node with kube-proxy, where the kernel tracks them: by the
+// memory that it boots with it would be 4096. One takes memory when it is used.
+func connections() error {
+	for path, value := range map[string]string{
+		connectionsMax: "262144",
+		"/sys/module/nf_conntrack/parameters/hashsize": "65536",
+	} {
+		if err := write(path, value); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
 		}
 	}
 	return nil

@@ -189,7 +189,11 @@ func Modprobe(args []string) int {
 		return 1
 	}
 	names, err := m.resolve(args[len(args)-1])
-	if err != nil || len(names) == 0 || m.load(names...) != nil {
+	if err != nil || len(names) == 0 {
+		return 1
+	}
+	_, untracked := os.Stat(connectionsMax)
+	if m.load(names...) != nil || untracked != nil && connections() != nil {
 		return 1
 	}
 	return 0
