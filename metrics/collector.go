@@ -17,6 +17,8 @@ type Sources struct {
 	Images func() (n int, bytes uint64, err error)
 	// Templates returns the same of templates.
 	Templates func() (n int, bytes int64)
+	// Starting returns how many pods are being started, by phase.
+	Starting func() map[string]int
 	// Warm returns how many clones are ready for pods to come.
 	Warm func() int
 }
@@ -40,7 +42,7 @@ func newCollector(s Sources) *collector {
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(out chan<- *prometheus.Desc) {
-	for _, f := range []family{pods, containers, vmmMemory, vmmCPU, images, storeBytes, templates, templateBytes, warm} {
+	for _, f := range []family{pods, containers, vmmMemory, vmmCPU, images, storeBytes, templates, templateBytes, warm, starting} {
 		out <- f.desc()
 	}
 }
@@ -68,6 +70,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	gauge(out, templates, float64(made))
 	gauge(out, templateBytes, float64(size))
 	gauge(out, warm, float64(c.sources.Warm()))
+	for phase, n := range c.sources.Starting() {
+		gauge(out, starting, float64(n), phase)
+	}
 }
 
 func (c *collector) collectPods(out chan<- prometheus.Metric, all []podvm.PodStatus) {

@@ -26,9 +26,11 @@ var (
 	calls = family{"caisson_cri_request_duration_seconds", "histogram",
 		"Time that CRI calls took, by method and gRPC code.", []string{"method", "code"}, exponential}
 	phases = family{"caisson_pod_start_phase_duration_seconds", "histogram",
-		"Time that the phases of a pod's start took; phases overlap, \"total\" is all of it.", []string{"phase"}, exponential}
+		"Time that the phases of a pod's start took, by result: ok or error (also of what was given up); phases overlap, \"total\" is all of it, with what takes back a start that failed.", []string{"phase", "result"}, exponential}
 	starts = family{"caisson_pod_starts_total", "counter",
 		"Pods that have started, by what their VM was when it was asked for: warm (it ran already), clone (of a template) or boot.", []string{"origin"}, nil}
+	starting = family{"caisson_pods_starting", "gauge",
+		"Pods that are being started, by the phase that runs for the longest time.", []string{"phase"}, nil}
 	losses = family{"caisson_pod_losses_total", "counter",
 		"Pods that lost their VM although nobody asked for it, by reason: VMGone (it ended), OOMKilled (the node had no memory for it) or Unreachable (its guest did not answer). The log says more.", []string{"reason"}, nil}
 	pulls = family{"caisson_image_pull_duration_seconds", "histogram",
@@ -62,7 +64,7 @@ var (
 
 // families is all of them, in the order of docs/METRICS.md.
 var families = []family{
-	calls, phases, starts, losses, pods, containers, vmmMemory, vmmCPU, pulls, downloaded, images, storeBytes, templates, templateBytes, warm, fallbacks, build,
+	calls, phases, starting, starts, losses, pods, containers, vmmMemory, vmmCPU, pulls, downloaded, images, storeBytes, templates, templateBytes, warm, fallbacks, build,
 }
 
 // Buckets in seconds.
@@ -144,8 +146,19 @@ func (m *Metrics) ObservePull(r imagestore.PullResult) {
 // ObserveStart takes a pod's start: what its VM was, and the phases.
 func (m *Metrics) ObserveStart(origin string, all []podvm.Phase) {
 	m.starts.WithLabelValues(origin).Inc()
+	m.observePhases(all)
+}
+
+// ObserveFailedStart takes the phases of a start that came to nothing.
+func (m *Metrics) ObserveFailedStart(all []podvm.Phase) { m.observePhases(all) }
+
+func (m *Metrics) observePhases(all []podvm.Phase) {
 	for _, p := range all {
-		m.phases.WithLabelValues(p.Name).Observe(p.Took.Seconds())
+		result := "ok"
+		if p.Failed {
+			result = "error"
+		}
+		m.phases.WithLabelValues(p.Name, result).Observe(p.Took.Seconds())
 	}
 }
 

@@ -36,6 +36,7 @@ func filled() *Metrics {
 	m := New("v1", "qemu", "g1")
 	m.ObserveCall("RunPodSandbox", "OK", time.Second)
 	m.ObserveStart("clone", []podvm.Phase{{Name: "cni", Took: time.Second}})
+	m.ObserveFailedStart([]podvm.Phase{{Name: "guest", Took: time.Second}, {Name: "cni", Took: 2 * time.Second, Failed: true}})
 	m.ObservePull(imagestore.PullResult{Downloaded: 7, Took: time.Second})
 	m.ObservePull(imagestore.PullResult{Err: errors.New("no")})
 	m.ObserveFallback()
@@ -50,6 +51,7 @@ func filled() *Metrics {
 		Containers: func() []podvm.ContainerStatus { return []podvm.ContainerStatus{{State: podvm.Running}} },
 		Images:     func() (int, uint64, error) { return 3, 300, nil },
 		Templates:  func() (int, int64) { return 1, 100 },
+		Starting:   func() map[string]int { return map[string]int{"network": 3} },
 		Warm:       func() int { return 2 },
 	})
 	return m
@@ -59,7 +61,11 @@ func TestScrape(t *testing.T) {
 	text := scrape(t, filled())
 	for _, want := range []string{
 		`caisson_cri_request_duration_seconds_count{code="OK",method="RunPodSandbox"} 1`,
-		`caisson_pod_start_phase_duration_seconds_sum{phase="cni"} 1`,
+		`caisson_pod_start_phase_duration_seconds_sum{phase="cni",result="ok"} 1`,
+		`caisson_pod_start_phase_duration_seconds_sum{phase="cni",result="error"} 2`,
+		`caisson_pod_start_phase_duration_seconds_count{phase="guest",result="ok"} 1`,
+		`caisson_pod_starts_total{origin="clone"} 1`,
+		`caisson_pods_starting{phase="network"} 3`,
 		`caisson_pods{driver="qemu",state="ready"} 1`,
 		`caisson_pods{driver="qemu",state="notready"} 1`,
 		`caisson_containers{state="running"} 1`,
@@ -102,7 +108,7 @@ func TestUnreadableStoreIsAnError(t *testing.T) {
 	m := New("v1", "qemu", "g1")
 	m.Collect(Sources{
 		Pods: func() []podvm.PodStatus { return nil }, Containers: func() []podvm.ContainerStatus { return nil },
-		Images: func() (int, uint64, error) { return 0, 0, errors.New("disk on fire") }, Templates: func() (int, int64) { return 0, 0 }, Warm: func() int { return 0 },
+		Images: func() (int, uint64, error) { return 0, 0, errors.New("disk on fire") }, Templates: func() (int, int64) { return 0, 0 }, Warm: func() int { return 0 }, Starting: func() map[string]int { return nil },
 	})
 	w := httptest.NewRecorder()
 	m.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))

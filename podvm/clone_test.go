@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -32,13 +33,23 @@ func (o *oneTemplate) Worked(string)                                    { o.work
 func (o *oneTemplate) Disk(dir string) string                           { return filepath.Join(dir, "disk.img") }
 
 // starts counts what metrics are told.
-type starts struct{ all, warm, fallbacks, gone, unreachable atomic.Int32 }
+type starts struct {
+	all, warm, fallbacks, gone, unreachable atomic.Int32
+
+	mu     sync.Mutex
+	failed [][]Phase // of each
+}
 
 func (s *starts) ObserveStart(origin string, _ []Phase) {
 	s.all.Add(1)
 	if origin == "warm" {
 		s.warm.Add(1)
 	}
+}
+func (s *starts) ObserveFailedStart(phases []Phase) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failed = append(s.failed, phases)
 }
 func (s *starts) ObserveFallback() { s.fallbacks.Add(1) }
 func (s *starts) ObserveLoss(reason string) {

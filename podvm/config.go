@@ -190,6 +190,7 @@ type PodStatus struct {
 type Phase struct {
 	Name        string
 	Start, Took time.Duration // Start counts from the call
+	Failed      bool          `json:",omitempty"`
 }
 
 // ContainerStatus is a snapshot of a container.

@@ -93,7 +93,7 @@ func (p *Pod) create(ctx context.Context, config ContainerConfig) (*Container, e
 	}
 	err = c.record.set(func(r *containerRecord) {
 		r.User = &ResolvedUser{UID: made.Uid, GID: made.Gid, SupplementalGroups: made.Groups}
-		r.Phases = n.all()
+		r.Phases = n.all(nil)
 	})
 	if err != nil {
 		return nil, err

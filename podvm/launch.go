@@ -60,7 +60,7 @@ func (b *birth) putBack(ctx context.Context, cause error) error {
 	cause = b.explain(cause)
 	slog.Warn("a warm clone is taken back, and the pod gets another VM", "pod", b.id, "err", cause)
 	b.client.Close() // an error is that of a stream which is of no use any more
-	if err := b.retract(ctx); err != nil {
+	if err := b.time("undo", func() error { return b.retract(ctx) }); err != nil {
 		return errors.Join(cause, err)
 	}
 	b.client = agent.NewClient(b.Pod)
@@ -71,11 +71,13 @@ func (b *birth) putBack(ctx context.Context, cause error) error {
 }
 
 func (b *birth) setUp(ctx context.Context) error {
-	rpc, err := b.client.RPC(ctx)
-	if err != nil {
-		return err
-	}
-	return b.time("setup", func() error { return b.identify(ctx, rpc) })
+	return b.time("setup", func() error {
+		rpc, err := b.client.RPC(ctx)
+		if err != nil {
+			return err
+		}
+		return b.identify(ctx, rpc)
+	})
 }
 
 // enter moves a warm VM into the pod's cgroup. What it has used so far counts where it was used.
@@ -172,7 +174,7 @@ func (b *birth) clone(ctx context.Context, driver vmm.Driver) error {
 		o.Templates.Failed(c.Template)
 	}
 	b.config = cold
-	return errors.Join(err, b.retract(ctx))
+	return errors.Join(err, b.time("undo", func() error { return b.retract(ctx) }))
 }
 
 // retract takes back a VM that was launched, or may have been, so that another one can be.

@@ -55,6 +55,8 @@ type Templates interface {
 type Observer interface {
 	// ObserveStart is called when a pod has started, of "warm", "clone" or "boot".
 	ObserveStart(origin string, phases []Phase)
+	// ObserveFailedStart is called when a start has failed, or was given up, and was taken back.
+	ObserveFailedStart(phases []Phase)
 	ObserveFallback()
 	// ObserveLoss is called when a pod lost its VM: "VMGone", it ended, "OOMKilled", the node had no memory
 	// for it, or "Unreachable", its guest did not answer.
@@ -143,6 +145,17 @@ func (s *start) givenUp() bool {
 	}
 }
 
+// doing says in which phases it is.
+func (s *start) doing() string {
+	if s.birth == nil {
+		return ""
+	}
+	if doing := s.birth.doing(); doing != "" {
+		return ", in its phase " + doing
+	}
+	return ""
+}
+
 // Limits of operations that are the daemon's own: they go on when the caller gives up, and a retry
 // joins them.
 const (
@@ -218,6 +231,25 @@ func (m *Manager) Containers() []*Container {
 	return all
 }
 
+// Starting is how many pods are being started, by the phase that runs for the longest time.
+func (m *Manager) Starting() map[string]int {
+	count := map[string]int{}
+	for _, phase := range startPhases {
+		count[phase] = 0
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.names {
+		if s.birth == nil { // it is there
+			continue
+		}
+		if phase := s.birth.phase(); phase != "" {
+			count[phase]++
+		}
+	}
+	return count
+}
+
 // Pod finds a pod by its id or a unique prefix of it. Errors: errdefs.ErrNotFound,
 // errdefs.ErrInvalidArgument for a prefix of several.
 func (m *Manager) Pod(id string) (*Pod, error) {
@@ -282,10 +314,12 @@ func (m *Manager) Run(ctx context.Context, c PodConfig) (*Pod, error) {
 	if first {
 		go m.run(ctx, s, c)
 	}
+	patient, cancel := answerable(ctx)
+	defer cancel()
 	select {
 	case <-s.done:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("start of pod %s/%s %s: %w", c.Namespace, c.Name, m.leave(ctx, s), ctx.Err())
+	case <-patient.Done():
+		return nil, fmt.Errorf("start of pod %s/%s %s: %w", c.Namespace, c.Name, m.leave(ctx, s), patient.Err())
 	}
 	if s.err != nil && !first && s.givenUp() {
 		return m.Run(ctx, c) // by those who called before
@@ -337,6 +371,15 @@ func (m *Manager) reserve(c PodConfig, driver vmm.Driver) (s *start, first bool)
 // longer may come first.
 const late = time.Second
 
+// answerable is a call's context that ends while its client still waits for the answer.
+func answerable(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, limited := ctx.Deadline()
+	if !limited {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, deadline.Add(-late/2))
+}
+
 // leave ends a call's waiting for a start, and says what becomes of that. One that takes too long for its callers
 // goes on, because they will ask again; one whose last caller has cancelled its call, as the kubelet does for a
 // pod that is deleted meanwhile, is given up.
@@ -347,10 +390,10 @@ func (m *Manager) leave(ctx context.Context, s *start) string {
 	deadline, limited := ctx.Deadline()
 	tooLate := limited && time.Until(deadline) < late
 	if s.waiting > 0 || tooLate || s.giveUp == nil {
-		return "goes on"
+		return "goes on" + s.doing()
 	}
 	s.giveUp()
-	return "is given up"
+	return "is given up" + s.doing()
 }
 
 // run is the one call that starts the pod.

@@ -47,13 +47,17 @@ func newBirth(p *Pod) *birth {
 // undone.
 func (m *Manager) startPod(ctx, wanted context.Context, b *birth, c PodConfig) error {
 	defer b.closeTap()
+	slog.Info("pod starts", "pod", b.id, "name", c.Namespace+"/"+c.Name)
 	if err := b.run(ctx, wanted, c); err != nil {
 		err = b.explain(err)
-		b.abandon(err)
+		b.time("undo", func() error { return b.abandon(err) }) // which has logged what it could not
+		if m.o.Observer != nil {
+			m.o.Observer.ObserveFailedStart(b.all(err))
+		}
 		return fmt.Errorf("start pod %s/%s: %w", c.Namespace, c.Name, err)
 	}
 	if m.o.Observer != nil {
-		m.o.Observer.ObserveStart(b.origin(), b.record.now().Phases)
+		m.o.Observer.ObserveStart(b.origin(), b.all(nil))
 	}
 	slog.Info("pod ready", "pod", b.id, "name", c.Namespace+"/"+c.Name, "origin", b.origin(), "ms", time.Since(b.began).Milliseconds())
 	return nil
@@ -90,7 +94,7 @@ func (b *birth) run(ctx, wanted context.Context, c PodConfig) error {
 			return err
 		}
 	}
-	return b.becomeReady()
+	return b.time("ready", b.becomeReady)
 }
 
 // endDelay is how long after its streams broke a VM's end may take to be seen.
@@ -287,7 +291,7 @@ func (b *birth) address(ctx context.Context) error {
 
 // becomeReady records the pod and makes it visible.
 func (b *birth) becomeReady() error {
-	phases := b.all()
+	phases := b.all(nil)
 	err := b.record.set(func(r *podRecord) {
 		r.Stage, r.VM, r.Network, r.Kernel, r.Phases = ready, b.config, b.network, b.kernel, phases
 	})
@@ -306,15 +310,15 @@ const eraseLimit = time.Minute
 
 // abandon takes back a start that failed. What can't be taken back now stays as a pod that is not
 // ready, for the kubelet to remove.
-func (p *Pod) abandon(cause error) {
+func (p *Pod) abandon(cause error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), eraseLimit)
 	defer cancel()
 	err := p.erase(ctx)
-	if err == nil {
-		return
+	if err != nil {
+		p.unfinished(errors.Join(cause, err))
+		p.m.add(p)
 	}
-	p.unfinished(errors.Join(cause, err))
-	p.m.add(p)
+	return err
 }
 
 // unfinished makes a pod of which something is left one that is not ready.

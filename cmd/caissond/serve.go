@@ -187,6 +187,7 @@ func (d *node) sources() metrics.Sources {
 			return len(d.images.Images()), u.Bytes, err
 		},
 		Templates: d.templates.Usage,
+		Starting:  d.pods.Starting,
 		Warm:      d.pods.WarmClones,
 	}
 }
