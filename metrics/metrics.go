@@ -55,11 +55,11 @@ var (
 	storeBytes = family{"caisson_image_store_bytes", "gauge",
 		"What the image store takes on the disk.", nil, nil}
 	templates = family{"caisson_templates", "gauge",
-		"Templates that pods are cloned from.", nil, nil}
+		"Templates that pods are cloned from, as they are in their folder.", nil, nil}
 	warm = family{"caisson_warm_clones", "gauge",
 		"Clones that are ready for pods to come.", nil, nil}
 	templateBytes = family{"caisson_template_bytes", "gauge",
-		"What the templates take on the disk.", nil, nil}
+		"What the templates take on the disk, with those that are being made.", nil, nil}
 )
 
 // families is all of them, in the order of docs/METRICS.md.

@@ -206,3 +206,18 @@ func TestPodLargerThanClones(t *testing.T) {
 		t.Error("a pod that is not to be a clone counts as one that could not be one")
 	}
 }
+
+// TestCloned: a template is in use while a clone of it runs.
+func TestCloned(t *testing.T) {
+	n, template, _ := cloningNode(t)
+	p := n.pod(podConfig("web"))
+	if !n.Cloned(template.dir) || n.Cloned("/another") {
+		t.Error("a clone runs that is not known")
+	}
+	if err := p.Stop(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	if n.Cloned(template.dir) {
+		t.Error("the clone has ended")
+	}
+}

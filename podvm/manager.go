@@ -250,6 +250,16 @@ func (m *Manager) Starting() map[string]int {
 	return count
 }
 
+// Cloned tells whether a pod that runs is a clone of this template.
+func (m *Manager) Cloned(template string) bool {
+	for _, p := range m.Pods() {
+		if r := p.record.now(); r.Stage == ready && r.VM.Template == template {
+			return true
+		}
+	}
+	return false
+}
+
 // Pod finds a pod by its id or a unique prefix of it. Errors: errdefs.ErrNotFound,
 // errdefs.ErrInvalidArgument for a prefix of several.
 func (m *Manager) Pod(id string) (*Pod, error) {

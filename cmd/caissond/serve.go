@@ -211,6 +211,7 @@ func (d *node) run(ctx context.Context) error {
 	go func() { failed <- d.cri.Serve(l) }()
 	d.pods.Warm()
 	d.pods.KeepClocks()
+	d.templates.Sweep(d.pods.Cloned)
 	slog.Info("serving the CRI", "listen", d.config.Listen, "version", version)
 	daemon.SdNotify(false, daemon.SdNotifyReady) // an error says that nobody waits for it
 	select {

@@ -66,9 +66,8 @@ type Store struct {
 
 // entry is one template, or the attempt to have it.
 type entry struct {
+	dir   string        // also while it is made
 	ready chan struct{} // closed when the rest is set
-	dir   string
-	size  int64
 	err   error
 	until time.Time // an error counts until then
 }
@@ -77,8 +76,8 @@ type entry struct {
 const retry = time.Minute
 
 // New makes a Store and removes half-made templates. Complete ones of other keys go too, and those of
-// scopes that are not wanted or, but for the node's, were not used for a day. Their clones, if any, run
-// on, because they hold the memory file open.
+// scopes that are not wanted or, but for the node's, were not used for a day (see also Sweep). Their clones, if
+// any, run on, because they hold the memory file open.
 func New(o Options) (*Store, error) {
 	if o.Limit == 0 {
 		o.Limit = 3 * time.Minute
@@ -98,59 +97,6 @@ func (s *Store) Close() {
 	s.cancel(errClosed)
 	s.making.Wait()
 }
-
-func (s *Store) sweep() error {
-	folders, err := os.ReadDir(s.options.Dir)
-	if err != nil {
-		return fmt.Errorf("templates: %w", err)
-	}
-	for _, f := range folders {
-		dir := filepath.Join(s.options.Dir, f.Name())
-		reason := s.obsolete(dir)
-		if reason == "" {
-			continue
-		}
-		slog.Info("remove template", "template", f.Name(), "reason", reason)
-		if err := os.RemoveAll(dir); err != nil {
-			return fmt.Errorf("templates: %w", err)
-		}
-	}
-	runs, err := filepath.Glob(filepath.Join(s.options.Run, runPrefix+"*"))
-	if err != nil {
-		return err
-	}
-	for _, dir := range runs {
-		if err := s.killLeft(dir); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// unusedMax is how long the template of a namespace, which may be deleted by now, is kept without
-// anybody making a clone of it.
-const unusedMax = 24 * time.Hour
-
-// obsolete says why a template is of no use any more; "": it is.
-func (s *Store) obsolete(dir string) string {
-	m, err := readManifest(dir)
-	if err != nil {
-		return err.Error()
-	}
-	if filepath.Base(dir) != s.key(m.Scope) {
-		return "made for another guest, VMM or machine"
-	}
-	if s.options.Wants != nil && !s.options.Wants(m.Scope) {
-		return "made for another vm.template than is configured"
-	}
-	if info, err := os.Stat(usedPath(dir)); m.Scope != "" && (err != nil || time.Since(info.ModTime()) > unusedMax) {
-		return "not used for a day"
-	}
-	return ""
-}
-
-// usedPath is the file whose time is that of the last clone.
-func usedPath(dir string) string { return filepath.Join(dir, manifestName) }
 
 // killLeft ends the VM of a template, also of one that a former daemon did not finish, and removes its
 // runtime folder.
@@ -184,26 +130,43 @@ func (s *Store) Template(ctx context.Context, scope string) (string, error) {
 	case <-ctx.Done():
 		return "", fmt.Errorf("wait for the template: %w", ctx.Err())
 	}
-	return e.dir, e.err
+	if e.err != nil {
+		return "", e.err
+	}
+	return e.dir, nil
 }
 
 func (s *Store) entry(scope string) *entry {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if e := s.entries[scope]; e != nil && e.usable() {
+		if e.made() {
+			touch(e.dir) // now, so that it does not go before the clone has opened its files
+		}
 		return e
 	}
-	e := &entry{ready: make(chan struct{})}
+	e := &entry{ready: make(chan struct{}), dir: filepath.Join(s.options.Dir, s.key(scope))}
 	s.entries[scope] = e
 	s.making.Go(func() { s.fill(e, scope) })
 	return e
 }
 
-// usable tells whether the entry is being made, or is intact, or has failed only just now.
-func (e *entry) usable() bool {
+// busy tells whether the entry is being made.
+func (e *entry) busy() bool {
 	select {
 	case <-e.ready:
+		return false
 	default:
+		return true
+	}
+}
+
+// made tells whether the entry is a template.
+func (e *entry) made() bool { return !e.busy() && e.err == nil }
+
+// usable tells whether the entry is being made, or is intact, or has failed only just now.
+func (e *entry) usable() bool {
+	if e.busy() {
 		return true
 	}
 	if e.err != nil {
@@ -217,15 +180,14 @@ func (s *Store) fill(e *entry, scope string) {
 	defer close(e.ready)
 	ctx, cancel := context.WithTimeout(s.ctx, s.options.Limit)
 	defer cancel()
-	dir := filepath.Join(s.options.Dir, s.key(scope))
-	start := time.Now()
+	dir, start := e.dir, time.Now()
 	err := fullCheck(dir)
 	if err == nil {
 		err = s.useless(dir)
 	}
 	if err == nil {
 		slog.Info("template found", "template", filepath.Base(dir), "ms", time.Since(start).Milliseconds())
-		e.dir, e.size = dir, diskUsage(dir)
+		touch(dir)
 		return
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -236,8 +198,7 @@ func (s *Store) fill(e *entry, scope string) {
 		return
 	}
 	s.Worked(dir) // as far as is known
-	e.dir, e.size = dir, diskUsage(dir)
-	slog.Info("template made", "template", filepath.Base(dir), "bytes", e.size, "ms", time.Since(start).Milliseconds())
+	slog.Info("template made", "template", filepath.Base(dir), "bytes", diskUsage(dir), "ms", time.Since(start).Milliseconds())
 }
 
 // Disk is the file that the disk of a clone of this template begins as a copy of.
@@ -393,10 +354,7 @@ func (s *Store) useless(dir string) error {
 
 // Worked tells the store that a clone of dir has answered.
 func (s *Store) Worked(dir string) {
-	now := time.Now()
-	if err := os.Chtimes(usedPath(dir), now, now); err != nil {
-		slog.Warn("note that a template is used", "template", filepath.Base(dir), "err", err)
-	}
+	touch(dir)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.failures, dir)
@@ -409,29 +367,8 @@ func (s *Store) Failed(dir string) {
 	defer s.mu.Unlock()
 	s.failures[dir]++
 	for scope, e := range s.entries {
-		select {
-		case <-e.ready:
-			if e.dir == dir {
-				delete(s.entries, scope)
-			}
-		default: // it is being made
+		if e.dir == dir && !e.busy() {
+			delete(s.entries, scope)
 		}
 	}
-}
-
-// Usage is what templates take on the disk: how many, and bytes.
-func (s *Store) Usage() (n int, bytes int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, e := range s.entries {
-		select {
-		case <-e.ready:
-			if e.err == nil {
-				n++
-				bytes += e.size
-			}
-		default:
-		}
-	}
-	return n, bytes
 }
