@@ -40,7 +40,7 @@ var (
 	fallbacks = family{"caisson_template_fallbacks_total", "counter",
 		"Pods that were booted cold because no clone of a template could be had. The log says why.", nil, nil}
 	build = family{"caisson_build_info", "gauge",
-		"1, with the daemon's version, the VM driver in use and the version of the guest.", []string{"version", "driver", "guest"}, nil}
+		"1, with the daemon's version, the VM driver in use, how its VMs run (kvm or emulation) and the version of the guest.", []string{"version", "driver", "acceleration", "guest"}, nil}
 
 	pods = family{"caisson_pods", "gauge",
 		"Pods, by state and VM driver.", []string{"state", "driver"}, nil}
@@ -102,8 +102,8 @@ type Metrics struct {
 	downloaded, fallbacks prometheus.Counter
 }
 
-// New makes the metrics of one daemon. version, driver and guest are for caisson_build_info.
-func New(version, driver, guest string) *Metrics {
+// New makes the metrics of one daemon. What it is given is for caisson_build_info.
+func New(version, driver, acceleration, guest string) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
 		calls:    calls.histogram(), phases: phases.histogram(), pulls: pulls.histogram(),
@@ -111,7 +111,7 @@ func New(version, driver, guest string) *Metrics {
 		starts: starts.counters("warm", "clone", "boot"), losses: losses.counters("VMGone", "OOMKilled", "Unreachable"),
 	}
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: build.name, Help: build.help}, build.labels)
-	info.WithLabelValues(version, driver, guest).Set(1)
+	info.WithLabelValues(version, driver, acceleration, guest).Set(1)
 	m.registry.MustRegister(m.calls, m.phases, m.starts, m.losses, m.pulls, m.downloaded, m.fallbacks, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m

@@ -33,7 +33,7 @@ func scrape(t *testing.T, m *Metrics) string {
 
 // filled has a value in each family.
 func filled() *Metrics {
-	m := New("v1", "qemu", "g1")
+	m := New("v1", "qemu", "kvm", "g1")
 	m.ObserveCall("RunPodSandbox", "OK", time.Second)
 	m.ObserveStart("clone", []podvm.Phase{{Name: "cni", Took: time.Second}})
 	m.ObserveFailedStart([]podvm.Phase{{Name: "guest", Took: time.Second}, {Name: "cni", Took: 2 * time.Second, Failed: true}})
@@ -76,7 +76,7 @@ func TestScrape(t *testing.T) {
 		`caisson_template_fallbacks_total 1`,
 		`caisson_pod_losses_total{reason="VMGone"} 1`,
 		`caisson_pod_losses_total{reason="Unreachable"} 0`,
-		`caisson_build_info{driver="qemu",guest="g1",version="v1"} 1`,
+		`caisson_build_info{acceleration="kvm",driver="qemu",guest="g1",version="v1"} 1`,
 	} {
 		if !strings.Contains(text, want+"\n") {
 			t.Errorf("no %s in\n%s", want, text)
@@ -105,7 +105,7 @@ func TestAllThatIsServedIsDeclared(t *testing.T) {
 }
 
 func TestUnreadableStoreIsAnError(t *testing.T) {
-	m := New("v1", "qemu", "g1")
+	m := New("v1", "qemu", "kvm", "g1")
 	m.Collect(Sources{
 		Pods: func() []podvm.PodStatus { return nil }, Containers: func() []podvm.ContainerStatus { return nil },
 		Images: func() (int, uint64, error) { return 0, 0, errors.New("disk on fire") }, Templates: func() (int, int64) { return 0, 0 }, Warm: func() int { return 0 }, Starting: func() map[string]int { return nil },

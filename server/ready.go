@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -27,8 +28,8 @@ const freeMin = 16 << 20
 type Needs struct {
 	// Root is the folder of all that pods leave on the node.
 	Root string
-	// Programs are named by paths, or by names to be looked up on the PATH, and files by paths.
-	Programs, Files []Need
+	// Programs are named by paths, or by names to be looked up on the PATH, files and devices by paths.
+	Programs, Files, Devices []Need
 }
 
 // Need is one of them, and Mend what to do where it is missing.
@@ -52,6 +53,14 @@ func (n Needs) look() error {
 		if err := unix.Access(f.Name, unix.R_OK); err != nil {
 			found = append(found, fmt.Sprintf("%s: %v: %s", f.Name, err, f.Mend))
 		}
+	}
+	for _, d := range n.Devices {
+		f, err := os.OpenFile(d.Name, os.O_RDWR, 0)
+		if err != nil {
+			found = append(found, fmt.Sprintf("%v: %s", err, d.Mend))
+			continue
+		}
+		f.Close()
 	}
 	if err := n.lookRoot(); err != nil {
 		found = append(found, err.Error())

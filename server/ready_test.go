@@ -44,6 +44,8 @@ func TestNeeds(t *testing.T) {
 		"no program":  {func(n *Needs) { n.Programs = []Need{{"no-such-vmm", "install it"}} }, []string{"no-such-vmm", "install it"}},
 		"no path":     {func(n *Needs) { n.Programs = []Need{{"/no/such/vmm", "install it"}} }, []string{"/no/such/vmm", "install it"}},
 		"no file":     {func(n *Needs) { n.Files = []Need{{"/no/kernel", "build it"}} }, []string{"/no/kernel", "build it"}},
+		"device":      {func(n *Needs) { n.Devices = []Need{{"/dev/null", "load it"}} }, nil},
+		"no device":   {func(n *Needs) { n.Devices = []Need{{"/dev/no-kvm", "load it"}} }, []string{"/dev/no-kvm", "load it"}},
 		"no root":     {func(n *Needs) { n.Root = "/no/root" }, []string{"/no/root"}},
 		"read-only":   {func(n *Needs) { n.Root = frozen }, []string{frozen, "read-only", "remount"}},
 		"full":        {func(n *Needs) { n.Root = disk(t, "1m") }, []string{"KiB free", "remove images"}},

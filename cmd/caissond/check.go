@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -65,15 +66,22 @@ func checkDriver(ctx context.Context, c Config) finding {
 		f.err = errors.New("can't be tried without a guest")
 		return f
 	}
-	found, err := chooseDriver(ctx, c, g)
+	found, err := chooseDriver(ctx, c, g, true)
 	if err != nil {
 		f.err = err
 		return f
 	}
-	if c.Driver == cloudhv.Name { // who configures it is believed, but for here
-		f.err = probe(ctx, c, g, found.driver)
-	}
 	f.detail = fmt.Sprintf("%s %s: %s", found.driver.Name(), found.driver.Version(), found.reason)
+	switch {
+	case c.Driver == cloudhv.Name: // who configures it is believed, but for here
+		f.err = probe(ctx, c, g, found.driver, true)
+	case !found.driver.KVM():
+		f.warn, f.err = true, fmt.Errorf("%s; pods run, and take many times as long for everything", f.detail)
+		if !strings.Contains(found.reason, mendDevice) {
+			f.err = fmt.Errorf("%w: %s", f.err, mendDevice)
+		}
+		f.err = fmt.Errorf("%w; then start caissond again", f.err)
+	}
 	return f
 }
 

@@ -33,7 +33,7 @@ type Config struct {
 	VM     struct {
 		CPUs      int      `toml:"cpus" comment:"vCPUs of a pod that neither has a CPU limit nor requests more."`
 		Memory    Size     `toml:"memory" comment:"Memory of a pod without a memory limit, and what a container without one adds to the limits of others. It costs nothing until it is used."`
-		MaxCPUs   int      `toml:"max_cpus" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
+		MaxCPUs   int      `toml:"max_cpus" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's. No more than a VM can have: 254 with Cloud Hypervisor, 255 with QEMU."`
 		MaxMemory Size     `toml:"max_memory" comment:"The most that a pod gets, also where its limits are above. 0: all of the node's."`
 		MaxClone  Size     `toml:"max_clone_memory" comment:"The most that a clone can grow to; a pod whose limits are above boots, which takes longer. The VMM of each clone keeps 32 KiB for each GiB of it. 0: as max_memory."`
 		Template  string   `toml:"template" comment:"Who shares a template, the booted VM that pods are clones of: node, namespace, or pod (every pod boots by itself)."`

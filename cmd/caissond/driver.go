@@ -16,7 +16,25 @@ type program interface {
 	vmm.Driver
 	Binary() string
 	Version() string
+	// MaxCPUs is how many vCPUs a VM can have at most.
+	MaxCPUs() int
+	// KVM tells whether VMs run by KVM, or by emulation.
+	KVM() bool
 }
+
+// accelerator names how VMs run, for operators.
+func accelerator(p program) string {
+	if p.KVM() {
+		return "kvm"
+	}
+	return "emulation"
+}
+
+// device is what VMs are run with, and mendDevice what to do where it is missing or does not work.
+const (
+	device     = "/dev/kvm"
+	mendDevice = "enable virtualization in the firmware (of a node that is a VM: in its host, nested), and load kvm_intel or kvm_amd"
+)
 
 // choice is the driver for new pods, why it was taken, and all that can attach to old ones.
 type choice struct {
@@ -26,8 +44,9 @@ type choice struct {
 }
 
 // chooseDriver takes the configured driver, or the best that works here: Cloud Hypervisor with KVM,
-// QEMU with KVM, QEMU by emulation. A driver that can't launch VMs still attaches to those that run.
-func chooseDriver(ctx context.Context, c Config, g guestimage.Files) (choice, error) {
+// QEMU with KVM, QEMU by emulation. A driver that can't launch VMs still attaches to those that run. With afresh
+// what is known of KVM from before is not believed.
+func chooseDriver(ctx context.Context, c Config, g guestimage.Files, afresh bool) (choice, error) {
 	hv, hvErr := cloudhv.New(ctx, c.VM.CloudHV)
 	if hvErr != nil {
 		var err error
@@ -35,12 +54,12 @@ func chooseDriver(ctx context.Context, c Config, g guestimage.Files) (choice, er
 			return choice{}, err
 		}
 	} else if c.Driver == "auto" {
-		hvErr = probe(ctx, c, g, hv)
+		hvErr = probe(ctx, c, g, hv, afresh)
 	}
 	takeHV := hvErr == nil && c.Driver != qemu.Name
 	accel, kvmErr := qemu.TCG, error(nil)
 	if !takeHV && c.Driver != cloudhv.Name {
-		if kvmErr = probeQEMU(ctx, c, g); kvmErr == nil {
+		if kvmErr = probeQEMU(ctx, c, g, afresh); kvmErr == nil {
 			accel = qemu.KVM
 		}
 	}
@@ -77,10 +96,10 @@ func oneLine(err error) string {
 	return strings.ReplaceAll(text, "\n", "; ")
 }
 
-func probeQEMU(ctx context.Context, c Config, g guestimage.Files) error {
+func probeQEMU(ctx context.Context, c Config, g guestimage.Files, afresh bool) error {
 	q, err := qemu.New(ctx, c.VM.QEMU, qemu.KVM)
 	if err != nil {
 		return err
 	}
-	return probe(ctx, c, g, q)
+	return probe(ctx, c, g, q, afresh)
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/caisson-vm/caisson/podvm/guestimage"
 	"github.com/caisson-vm/caisson/podvm/vmm"
+	"github.com/caisson-vm/caisson/podvm/vmm/cloudhv"
+	"github.com/caisson-vm/caisson/podvm/vmm/qemu"
 	"github.com/caisson-vm/caisson/podvm/vmm/vmmtest"
 )
 
@@ -53,7 +55,7 @@ func TestChooseDriver(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			config := Config{Driver: c.driver, State: t.TempDir()}
 			config.VM.CloudHV, config.VM.QEMU = c.hv, c.qemu
-			found, err := chooseDriver(t.Context(), config, guestimage.Files{Version: "1"})
+			found, err := chooseDriver(t.Context(), config, guestimage.Files{Version: "1"}, false)
 			if c.err != "" {
 				if err == nil || !strings.Contains(err.Error(), c.err) {
 					t.Errorf("got %v, want %q", err, c.err)
@@ -94,7 +96,7 @@ func TestWhatIsChosenWorks(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(state) })
 	config, guest := Config{Driver: "auto", State: state}, vmmtest.Guest(t)
 	config.VM.CloudHV, config.VM.QEMU = missing, "qemu-system-x86_64"
-	found, err := chooseDriver(t.Context(), config, guest)
+	found, err := chooseDriver(t.Context(), config, guest, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,16 +108,96 @@ func TestWhatIsChosenWorks(t *testing.T) {
 	}
 }
 
-// TestConfiguredDriverIsChecked: Cloud Hypervisor is taken at its operator's word, but not by check.
-func TestConfiguredDriverIsChecked(t *testing.T) {
-	config := Config{Driver: "cloud-hypervisor", State: t.TempDir(), Guest: t.TempDir()}
+// emptyGuest makes one that only looks like a guest.
+func emptyGuest(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
 	for name, text := range map[string]string{"vmlinux": "", "initrd": "", "manifest.json": `{"format":1,"files":{"vmlinux":{},"initrd":{}}}`} {
-		if err := os.WriteFile(filepath.Join(config.Guest, name), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return dir
+}
+
+// TestConfiguredDriverIsChecked: Cloud Hypervisor is taken at its operator's word, but not by check.
+func TestConfiguredDriverIsChecked(t *testing.T) {
+	config := Config{Driver: "cloud-hypervisor", State: t.TempDir(), Guest: emptyGuest(t)}
 	config.VM.CloudHV, config.VM.QEMU = script(t, "echo cloud-hypervisor v54.0.0"), missing
 	if f := checkDriver(t.Context(), config); f.err == nil || strings.Contains(f.err.Error(), "guest") {
 		t.Errorf("check says: %s, %v", f.detail, f.err)
+	}
+}
+
+// TestEmulationIsAWarning: check says what to do, and asks KVM anew, whatever is known of it from before.
+func TestEmulationIsAWarning(t *testing.T) {
+	config := Config{Driver: "qemu", State: t.TempDir(), Guest: emptyGuest(t)}
+	asked := filepath.Join(t.TempDir(), "asked")
+	config.VM.CloudHV = missing
+	config.VM.QEMU = script(t, `case "$*" in *-version*) echo QEMU emulator version 7.2.22;; *) echo x >>`+asked+`; echo KVM: no >&2; exit 1;; esac`)
+	for n := range 2 {
+		f := checkDriver(t.Context(), config)
+		if f.err == nil || !f.warn || !strings.Contains(f.err.Error(), "by emulation") || strings.Count(f.err.Error(), mendDevice) != 1 {
+			t.Errorf("check says: %s, %v", f.detail, f.err)
+		}
+		if _, err := os.Stat(device); err != nil {
+			continue
+		}
+		if data, _ := os.ReadFile(asked); strings.Count(string(data), "x") != n+1 {
+			t.Errorf("KVM was tried %d times by %d checks", strings.Count(string(data), "x"), n+1)
+		}
+	}
+}
+
+// TestReadyNeedsKVM: where VMs run by it, and only there.
+func TestReadyNeedsKVM(t *testing.T) {
+	hv, q := script(t, "echo cloud-hypervisor v54.0.0"), script(t, "echo QEMU emulator version 7.2.22")
+	h, err := cloudhv.New(t.Context(), hv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	kvm, err := qemu.New(t.Context(), q, qemu.KVM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	emulated, err := qemu.New(t.Context(), q, qemu.TCG)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		driver  program
+		devices int
+		says    string
+	}{{h, 1, "kvm"}, {kvm, 1, "kvm"}, {emulated, 0, "emulation"}} {
+		if n := needs(Config{}, guestimage.Files{}, c.driver); len(n.Devices) != c.devices || c.devices > 0 && n.Devices[0].Name != device {
+			t.Errorf("%s %s needs %+v", c.driver.Name(), c.driver.Version(), n.Devices)
+		}
+		if got := accelerator(c.driver); got != c.says {
+			t.Errorf("%s %s runs by %s", c.driver.Name(), c.driver.Version(), got)
+		}
+	}
+}
+
+// TestSizes: no VM is asked to have more than its driver can give it.
+func TestSizes(t *testing.T) {
+	q, err := qemu.New(t.Context(), script(t, "echo QEMU emulator version 7.2.22"), qemu.KVM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct{ cpus, most, node, size, max int }{
+		"small node":           {1, 0, 8, 1, 8},
+		"large node":           {1, 0, 384, 1, 255},
+		"large, and asked for": {1, 384, 8, 1, 255},
+		"all of it":            {300, 0, 384, 255, 255},
+		"more than the node":   {4, 0, 2, 4, 4},
+		"as configured":        {1, 16, 384, 1, 16},
+	} {
+		config := defaults()
+		config.VM.CPUs, config.VM.MaxCPUs, config.VM.MaxClone = c.cpus, c.most, 8<<30
+		size, most, clone := config.sizes(vmm.Size{CPUs: c.node, Memory: 64 << 30}, q)
+		if size.CPUs != c.size || most.CPUs != c.max || clone.CPUs != c.max || most.Memory != 64<<30 || clone.Memory != 8<<30 {
+			t.Errorf("%s: %v, %v, clones %v", name, size, most, clone)
+		}
 	}
 }

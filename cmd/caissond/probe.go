@@ -42,19 +42,19 @@ func hopeless() bool {
 	return err == nil && !slices.Contains(flags, "vmx") && !slices.Contains(flags, "svm")
 }
 
-// result is a probe's, kept for as long as the machine runs.
+// result is a probe's, kept for as long as the machine runs, as far as nobody probes afresh.
 type result struct{ Boot, Error string }
 
 // probe says whether the program can really boot a guest with KVM: that /dev/kvm opens says nothing.
-func probe(ctx context.Context, c Config, g guestimage.Files, d program) error {
-	if _, err := os.Stat("/dev/kvm"); errors.Is(err, fs.ErrNotExist) {
-		return errors.New("there is no /dev/kvm: enable virtualization in the firmware, and load kvm_intel or kvm_amd")
+func probe(ctx context.Context, c Config, g guestimage.Files, d program, afresh bool) error {
+	if _, err := os.Stat(device); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("there is no %s: %s", device, mendDevice)
 	}
 	if err := os.MkdirAll(c.State, 0o700); err != nil {
 		return err
 	}
 	key := strings.Join([]string{d.Name(), d.Binary(), d.Version(), g.Version}, " ")
-	return remembered(filepath.Join(c.State, "probe.json"), key, func() error {
+	return remembered(filepath.Join(c.State, "probe.json"), key, afresh, func() error {
 		start, limit := time.Now(), probeLimit
 		if hopeless() {
 			limit = hopelessLimit
@@ -71,10 +71,9 @@ func probe(ctx context.Context, c Config, g guestimage.Files, d program) error {
 }
 
 // remembered returns what find did when it was last called for the key since the machine started, or
-// calls it. What counts is that a guest booted, that its VMM ended over it, or that there was no hope; a
-// guest that took too long, or a VMM that did not come so far, says something of the machine as it was
-// just then.
-func remembered(path, key string, find func() error) error {
+// calls it. What counts is that a guest booted, or that there was no hope; a VMM that ended over it, or did not come
+// so far, and a guest that took too long, may say something of the machine as it was just then.
+func remembered(path, key string, afresh bool, find func() error) error {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return err
@@ -83,21 +82,22 @@ func remembered(path, key string, find func() error) error {
 	if data, err := os.ReadFile(path); err == nil {
 		json.Unmarshal(data, &known) // what can't be read is found out again
 	}
-	if r, ok := known[key]; ok && r.Boot == string(boot) {
+	if r, ok := known[key]; ok && r.Boot == string(boot) && !afresh {
 		if r.Error != "" {
 			return errors.New(r.Error)
 		}
 		return nil
 	}
-	r := result{Boot: string(boot)}
-	found := find()
-	if found != nil {
-		if !errors.Is(found, vmm.ErrGone) && !errors.Is(found, errHopeless) {
-			return found
-		}
+	r, found := result{Boot: string(boot)}, find()
+	switch {
+	case found == nil:
+		known[key] = r
+	case errors.Is(found, errHopeless):
 		r.Error = found.Error()
+		known[key] = r
+	default:
+		delete(known, key)
 	}
-	known[key] = r
 	data, err := json.Marshal(known)
 	if err != nil {
 		return err

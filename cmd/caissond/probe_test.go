@@ -20,8 +20,9 @@ func TestProbeIsRemembered(t *testing.T) {
 		remembered bool
 	}{
 		"works":     {nil, true},
-		"VMM ended": {fmt.Errorf("dial: %w: KVM: internal error", vmm.ErrGone), true},
+		"VMM ended": {fmt.Errorf("dial: %w: killed", vmm.ErrGone), false},
 		"too slow":  {fmt.Errorf("the guest has not come up: %w", context.DeadlineExceeded), false},
+		"hopeless":  {fmt.Errorf("%w: %w", errHopeless, vmm.ErrGone), true},
 		"no hope":   {fmt.Errorf("%w: %w", errHopeless, context.DeadlineExceeded), true},
 		"no memory": {errors.New("cannot allocate memory"), false},
 	} {
@@ -29,7 +30,7 @@ func TestProbeIsRemembered(t *testing.T) {
 			path, calls := filepath.Join(t.TempDir(), "probe.json"), 0
 			ask := func(key string) {
 				t.Helper()
-				err := remembered(path, key, func() error { calls++; return c.err })
+				err := remembered(path, key, false, func() error { calls++; return c.err })
 				if (err == nil) != (c.err == nil) || err != nil && err.Error() != c.err.Error() {
 					t.Errorf("got %v, want %v", err, c.err)
 				}
@@ -43,6 +44,33 @@ func TestProbeIsRemembered(t *testing.T) {
 			if ask("qemu /opt/qemu 7"); calls != 1 {
 				t.Error("another program was not tried")
 			}
+		})
+	}
+}
+
+// TestProbeAfresh: who asks afresh has the answer of now, and so has who asks next.
+func TestProbeAfresh(t *testing.T) {
+	const key = "qemu /usr/bin/qemu 7"
+	no := fmt.Errorf("%w: no", errHopeless)
+	for name, c := range map[string]struct{ before, now error }{
+		"mended":                 {no, nil},
+		"broken":                 {nil, no},
+		"broken, for now":        {nil, context.DeadlineExceeded},
+		"not known, broken once": {vmm.ErrGone, vmm.ErrGone},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "probe.json")
+			says := c.before
+			ask := func(afresh bool, want error) {
+				t.Helper()
+				if err := remembered(path, key, afresh, func() error { return says }); (err == nil) != (want == nil) {
+					t.Errorf("got %v, want %v", err, want)
+				}
+			}
+			ask(false, c.before)
+			says = c.now
+			ask(true, c.now)
+			ask(false, c.now)
 		})
 	}
 }

@@ -9,15 +9,23 @@ import (
 )
 
 // runtimeReady checks, while the daemon runs, that it still has what it began with.
-func runtimeReady(c Config, g guestimage.Files, driver string) func(context.Context) error {
+func runtimeReady(c Config, g guestimage.Files, driver program) func(context.Context) error {
+	return server.Ready(needs(c, g, driver))
+}
+
+func needs(c Config, g guestimage.Files, driver program) server.Needs {
 	const build = "build the guest again with 'caissond guest build'"
 	program := c.VM.CloudHV
-	if driver == qemu.Name {
+	if driver.Name() == qemu.Name {
 		program = c.VM.QEMU
 	}
-	return server.Ready(server.Needs{
+	n := server.Needs{
 		Root:     c.Root,
-		Programs: []server.Need{{Name: program, Mend: "install " + driver + " again"}},
+		Programs: []server.Need{{Name: program, Mend: "install " + driver.Name() + " again"}},
 		Files:    []server.Need{{Name: g.Kernel, Mend: build}, {Name: g.Initrd, Mend: build}},
-	})
+	}
+	if driver.KVM() {
+		n.Devices = []server.Need{{Name: device, Mend: mendDevice}}
+	}
+	return n
 }

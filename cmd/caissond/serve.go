@@ -84,13 +84,17 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 	if err := sweepProbes(ctx, c.State); err != nil {
 		return nil, err
 	}
-	found, err := chooseDriver(ctx, c, g)
+	found, err := chooseDriver(ctx, c, g, false)
 	if err != nil {
 		return nil, err
 	}
-	slog.Info("driver", "name", found.driver.Name(), "version", found.driver.Version(), "reason", found.reason, "guest", g.Version)
+	level := slog.LevelInfo
+	if !found.driver.KVM() {
+		level = slog.LevelWarn
+	}
+	slog.Log(ctx, level, "driver", "name", found.driver.Name(), "version", found.driver.Version(), "reason", found.reason, "guest", g.Version)
 	d := &node{
-		config: c, metrics: metrics.New(version, found.driver.Name(), g.Version),
+		config: c, metrics: metrics.New(version, found.driver.Name(), accelerator(found.driver), g.Version),
 		shares: share.New("/proc/self/exe", shareCommand),
 	}
 	d.images, err = imagestore.Open(imagestore.Options{
@@ -109,7 +113,7 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 		return nil, err
 	}
 	d.cri, err = server.New(ctx, server.Options{
-		Pods: server.Manage(d.pods), Images: d.images, Runtime: runtimeReady(c, g, found.driver.Name()), Network: cni.Status, Root: filepath.Join(c.Root, "pods"), Version: version,
+		Pods: server.Manage(d.pods), Images: d.images, Runtime: runtimeReady(c, g, found.driver), Network: cni.Status, Root: filepath.Join(c.Root, "pods"), Version: version,
 		Info: map[string]any{"config": c, "driver": found.driver.Name(), "driverVersion": found.driver.Version(), "driverReason": found.reason, "guest": g},
 		// A mount of a guest has none below it that is not the mount's own.
 		Features: server.Features{RecursiveReadOnlyMounts: true},
@@ -125,19 +129,7 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 
 // makePods makes the templates and the manager of pods.
 func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network.CNI) (err error) {
-	size := vmm.Size{CPUs: c.VM.CPUs, Memory: int64(c.VM.Memory)}
-	most := vmm.Size{CPUs: c.VM.MaxCPUs, Memory: int64(c.VM.MaxMemory)}
-	if most.CPUs == 0 {
-		most.CPUs = runtime.NumCPU()
-	}
-	if most.Memory == 0 {
-		most.Memory = nodeMemory()
-	}
-	most.CPUs, most.Memory = max(most.CPUs, size.CPUs), max(most.Memory, size.Memory)
-	clone := most
-	if c.VM.MaxClone > 0 {
-		clone.Memory = max(min(most.Memory, int64(c.VM.MaxClone)), size.Memory)
-	}
+	size, most, clone := c.sizes(vmm.Size{CPUs: runtime.NumCPU(), Memory: nodeMemory()}, found.driver)
 	scratch, err := podvm.NewScratch(c.Root, int64(c.VM.Scratch))
 	if err != nil {
 		return err
@@ -166,6 +158,28 @@ func (d *node) makePods(c Config, g guestimage.Files, found choice, cni *network
 	}
 	d.pods, err = podvm.New(o)
 	return err
+}
+
+// sizes are what a VM starts with, and what it and a clone can grow to, on a node of this size.
+func (c Config) sizes(node vmm.Size, driver program) (size, most, clone vmm.Size) {
+	size = vmm.Size{CPUs: c.VM.CPUs, Memory: int64(c.VM.Memory)}
+	most = vmm.Size{CPUs: c.VM.MaxCPUs, Memory: int64(c.VM.MaxMemory)}
+	if most.CPUs == 0 {
+		most.CPUs = node.CPUs
+	}
+	if most.Memory == 0 {
+		most.Memory = node.Memory
+	}
+	most.CPUs, most.Memory = max(most.CPUs, size.CPUs), max(most.Memory, size.Memory)
+	if limit := driver.MaxCPUs(); most.CPUs > limit {
+		slog.Info("pods get no more vCPUs than the driver's VMs can have", "driver", driver.Name(), "most_cpus", limit, "instead_of", most.CPUs)
+		size.CPUs, most.CPUs = min(size.CPUs, limit), limit
+	}
+	clone = most
+	if c.VM.MaxClone > 0 {
+		clone.Memory = max(min(most.Memory, int64(c.VM.MaxClone)), size.Memory)
+	}
+	return size, most, clone
 }
 
 func (d *node) sources() metrics.Sources {

@@ -103,6 +103,14 @@ func (d *Driver) Version() string { return d.version }
 // Binary is the path of the program.
 func (d *Driver) Binary() string { return d.binary }
 
+// MaxCPUs is how many vCPUs a VM can have at most. It takes more (8192 from version 48 on), but with numbers for
+// which the node's KVM and the guest's kernel need not have room.
+// Source: MAX_SUPPORTED_CPUS_LEGACY of Cloud Hypervisor.
+func (d *Driver) MaxCPUs() int { return 254 }
+
+// KVM tells that the VMs run by KVM.
+func (d *Driver) KVM() bool { return true }
+
 // Close ends the driver's own work; its VMs run on.
 func (d *Driver) Close() error { return d.watcher.notify.Close() }
 

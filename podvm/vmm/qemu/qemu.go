@@ -76,6 +76,13 @@ func (d *Driver) Version() string { return d.version + " " + string(d.accel) }
 // Binary is the path of the program.
 func (d *Driver) Binary() string { return d.binary }
 
+// MaxCPUs is how many vCPUs a VM can have at most.
+// Source: query-machines of QEMU 7.2, cpu-max of the machine pc (see args).
+func (d *Driver) MaxCPUs() int { return 255 }
+
+// KVM tells whether the VMs run by KVM, or by emulation.
+func (d *Driver) KVM() bool { return d.accel == KVM }
+
 // Launch implements vmm.Driver.
 func (d *Driver) Launch(ctx context.Context, c vmm.Config) (vmm.VM, error) {
 	if d.broken != nil {
