@@ -3,7 +3,6 @@
 package state
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +17,11 @@ import (
 )
 
 // version of the records. A record of another version is not understood, and kept.
+//
+// It is raised only where a daemon of before must not read a record: a field means something else now, or
+// may have a value that such a daemon would take for another. A new field alone does not raise it: a daemon
+// of before passes over it, and loses it with its next Write, so that its zero value has to mean what was
+// true before there was the field.
 const version = 1
 
 type envelope struct {
@@ -42,31 +46,40 @@ func Write(path string, record any) error {
 	return err
 }
 
-// Read reads the record at path. What it does not understand is errdefs.ErrDataLoss; no record at
-// all is fs.ErrNotExist.
+// Read reads the record at path; fields that it does not know are a newer daemon's, and left out. What it
+// does not understand is errdefs.ErrDataLoss; no record at all is fs.ErrNotExist.
 func Read(path string, record any) error {
+	return read(path, record, func(v int) error {
+		if v != version {
+			return fmt.Errorf("it is of version %d, this daemon reads %d", v, version)
+		}
+		return nil
+	})
+}
+
+// ReadPart reads the fields that part has of a record of any version: what has been the same in all of them.
+// Its errors are Read's.
+func ReadPart(path string, part any) error {
+	return read(path, part, func(int) error { return nil })
+}
+
+func read(path string, record any, check func(version int) error) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return fmt.Errorf("record: %w", err)
 	}
 	var e envelope
-	if err := strict(data, &e); err != nil {
-		return fmt.Errorf("record %s: %w: %w", path, err, errdefs.ErrDataLoss)
+	err = json.Unmarshal(data, &e)
+	if err == nil {
+		err = check(e.Version)
 	}
-	if e.Version != version {
-		return fmt.Errorf("record %s is of version %d, this daemon reads %d: %w", path, e.Version, version, errdefs.ErrDataLoss)
+	if err == nil {
+		err = json.Unmarshal(e.Record, record)
 	}
-	if err := strict(e.Record, record); err != nil {
+	if err != nil {
 		return fmt.Errorf("record %s: %w: %w", path, err, errdefs.ErrDataLoss)
 	}
 	return nil
-}
-
-// strict refuses fields that it does not know: they would be lost with the next Write.
-func strict(data []byte, v any) error {
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	return d.Decode(v)
 }
 
 // Lock is the right to use a folder.

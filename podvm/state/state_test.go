@@ -30,7 +30,7 @@ func TestWhatIsNotUnderstood(t *testing.T) {
 	dir := t.TempDir()
 	for name, text := range map[string]string{
 		"empty": "", "cut": `{"version":1,"rec`, "future": `{"version":2,"record":{}}`,
-		"field": `{"version":1,"record":{"Name":"a","Later":1}}`, "shape": `[]`,
+		"type": `{"version":1,"record":{"Name":1}}`, "shape": `[]`, "none in it": `{"version":1}`, "more": `{"version":1,"record":{}}}`,
 	} {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -43,6 +43,32 @@ func TestWhatIsNotUnderstood(t *testing.T) {
 	}
 	if err := Read(filepath.Join(dir, "none"), &sample{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("none: %v", err)
+	}
+}
+
+// TestNewerFields: a daemon that was rolled back reads what a newer one wrote, and what is the same in all
+// versions also of a record that it must not read.
+func TestNewerFields(t *testing.T) {
+	for name, c := range map[string]struct {
+		text       string
+		read, part bool
+	}{
+		"field":    {`{"version":1,"record":{"Name":"a","Later":{"Deep":[1]}}}`, true, true},
+		"envelope": {`{"version":1,"written":"2030","record":{"Name":"a"}}`, true, true},
+		"version":  {`{"version":2,"record":{"Name":"a","Later":1}}`, false, true},
+		"damaged":  {`{"version":1,"record":{"Name":"a",`, false, false},
+	} {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var whole, part sample
+		if err := Read(path, &whole); (err == nil) != c.read || c.read && whole.Name != "a" || !c.read && !errors.Is(err, errdefs.ErrDataLoss) {
+			t.Errorf("%s: %+v, %v", name, whole, err)
+		}
+		if err := ReadPart(path, &part); (err == nil) != c.part || c.part && part.Name != "a" {
+			t.Errorf("part of %s: %+v, %v", name, part, err)
+		}
 	}
 }
 
