@@ -190,7 +190,8 @@ func wipe(t *testing.T, d *harness.Daemon) {
 	}
 }
 
-// TestUnreadableRecord damages a pod's record. The daemon starts, says so, and keeps the file.
+// TestUnreadableRecord damages a pod's record. The daemon starts, says so, and keeps the file; the pod, which
+// nobody can know again, has no VM any more.
 func TestUnreadableRecord(t *testing.T) {
 	d := harness.Start(t)
 	pod := d.RunPod()
@@ -208,6 +209,9 @@ func TestUnreadableRecord(t *testing.T) {
 	}
 	if data, err := os.ReadFile(record); err != nil || string(data) != "{ half a rec" {
 		t.Errorf("the record is now %q, %v", data, err)
+	}
+	if pids := vms(t); len(pids) != 1 {
+		t.Errorf("VMs %v, want that of the healthy pod", pids)
 	}
 	healthy.Exec("true")
 	has(t, d.Log(), pod.ID[:12])

@@ -189,7 +189,7 @@ func (c *Container) stop(ctx context.Context, grace time.Duration) error {
 	switch c.record.now().State {
 	case Exited:
 		return nil
-	case Created, Unknown:
+	case Created:
 		grace = 0 // nothing of it has run
 	}
 	if grace > 0 {

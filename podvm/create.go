@@ -39,7 +39,11 @@ func (p *Pod) Create(ctx context.Context, c ContainerConfig) (*Container, error)
 			return nil, fmt.Errorf("container %s, attempt %d, is there as %s and %s: %w", c.Name, c.Attempt, old.id, r.State, errdefs.ErrAlreadyExists)
 		}
 	}
-	made, err := p.create(ctx, c)
+	err := p.noSecond(ctx, c.Name)
+	var made *Container
+	if err == nil {
+		made, err = p.create(ctx, c)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("create container %s: %w", c.Name, err)
 	}

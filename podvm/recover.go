@@ -29,7 +29,7 @@ const (
 
 // Recover finds what former daemons left: it attaches to VMs that run, learns what happened
 // meanwhile, takes back what was half-made, and removes what belongs to no pod. Records that it
-// can't read stay, as pods that are not ready. It is called once, before the CRI is served. Where it
+// can't read stay, as pods that are not ready and containers of which the state is not known. It is called once, before the CRI is served. Where it
 // fails, because ctx has ended or the node lacks something, VMs run on, for the next daemon.
 func (m *Manager) Recover(ctx context.Context) error {
 	entries, err := os.ReadDir(m.layout.pods())
@@ -74,14 +74,11 @@ func (m *Manager) recoverPod(ctx context.Context, id string) error {
 		return err
 	}
 	if err != nil {
-		m.unreadable(id, err)
-		return nil
+		return m.unreadable(ctx, id, err)
 	}
 	p := m.podOf(r)
-	if err := m.recoverContainers(p); isNodes(err) {
+	if err := m.recoverContainers(p); err != nil {
 		return err
-	} else if err != nil {
-		slog.Error("records of containers", "pod", id, "err", err)
 	}
 	m.register(p)
 	switch {
@@ -114,22 +111,6 @@ func isNodes(err error) bool {
 	return false
 }
 
-// unreadable shows a pod whose record can't be understood. Nothing of it is touched before the
-// kubelet, or somebody else, asks for its removal.
-func (m *Manager) unreadable(id string, err error) {
-	slog.Error("unreadable record is kept", "pod", id, "err", err)
-	r := podRecord{
-		ID: id, Config: PodConfig{Name: "unreadable", Namespace: "unreadable", UID: id},
-		Stage: stopped, Reason: "Unreadable", Message: err.Error(), Driver: m.o.Driver.Name(), VM: m.vmConfig(id),
-	}
-	if info, err := os.Stat(m.layout.pod(id)); err == nil {
-		r.Created = info.ModTime()
-	}
-	p := m.podOf(r)
-	p.record.keep()
-	m.register(p)
-}
-
 // undoPod takes back a pod that a daemon died over. What can't be taken back now stays as a pod that is not
 // ready, for the kubelet to remove.
 func (m *Manager) undoPod(ctx context.Context, id string, r podRecord) error {
@@ -157,20 +138,22 @@ func (m *Manager) recoverContainers(p *Pod) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
 	for _, path := range files {
 		var r containerRecord
-		if err := state.Read(path, &r); err != nil {
-			errs = append(errs, err)
-			continue
+		err := state.Read(path, &r)
+		if isNodes(err) {
+			return err
 		}
-		if r.ID != strings.TrimSuffix(filepath.Base(path), ".json") || r.Pod != p.id {
-			errs = append(errs, fmt.Errorf("%s is the record of another container", path))
+		if err == nil && (r.ID != strings.TrimSuffix(filepath.Base(path), ".json") || r.Pod != p.id) {
+			err = fmt.Errorf("%s is the record of another container", path)
+		}
+		if err != nil {
+			p.addUnreadable(path, err)
 			continue
 		}
 		p.add(p.containerOf(r))
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // reattach finds the pod's VM and goes on with its containers. It returns when the agent has told
@@ -234,12 +217,14 @@ func (p *Pod) foundLate(ctx context.Context, unknown []string) {
 func (p *Pod) found(ctx context.Context, unknown []string) {
 	p.removeUnknown(ctx, unknown)
 	p.awaitExits(ctx)
+	if err := p.endUnnamed(ctx); err != nil { // it is tried again before the pod's next container is made
+		slog.Error("containers with unreadable records", "pod", p.id, "err", err)
+	}
 	p.resumeVolumes()
 	slog.Info("pod found again", "pod", p.id)
 }
 
-// removeUnknown removes containers that the guest has and no record names: they were half-made. One
-// whose record can't be read goes on.
+// removeUnknown removes containers that the guest has and no record names: they were half-made.
 func (p *Pod) removeUnknown(ctx context.Context, ids []string) {
 	for _, id := range ids {
 		if ctx.Err() != nil {

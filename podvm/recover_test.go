@@ -369,66 +369,6 @@ func TestRecoverManyUnknown(t *testing.T) {
 	}
 }
 
-// TestRecoverUnreadable keeps what it does not understand, until somebody asks for its removal.
-func TestRecoverUnreadable(t *testing.T) {
-	for name, content := range map[string]string{
-		"garbage": "\x00garbage", "newer version": `{"version":99,"record":{}}`, "unknown field": `{"version":1,"record":{"Fancy":1}}`,
-		"nothing": "", "another's": fmt.Sprintf(`{"version":1,"record":{"ID":%q,"Stage":"ready"}}`, strings.Repeat("a", 64)),
-	} {
-		t.Run(name, func(t *testing.T) {
-			n := newNode(t)
-			p := n.pod(podConfig("web"))
-			n.running(p, containerConfig("main"))
-			path := n.layout.record(p.ID())
-			n.restart(func() {
-				if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			})
-			q := n.again(p.ID())
-			if s := q.Status(); s.State != NotReady || s.Reason != "Unreadable" || s.Message == "" {
-				t.Errorf("got %+v", s)
-			}
-			if len(n.driver.VMs()) != 1 || len(n.network.pods()) != 1 {
-				t.Error("what was not understood was ended")
-			}
-			if data, err := os.ReadFile(path); err != nil || string(data) != content {
-				t.Errorf("the record became %q, %v", data, err)
-			}
-			if err := q.Remove(soon(t)); err != nil {
-				t.Error(err)
-			}
-			n.nothingLeft()
-		})
-	}
-}
-
-// TestRecoverUnreadableContainer leaves the pod and its other containers alone.
-func TestRecoverUnreadableContainer(t *testing.T) {
-	n := newNode(t)
-	p := n.pod(podConfig("web"))
-	bad, good := n.running(p, containerConfig("bad")), n.running(p, containerConfig("good"))
-	path := n.layout.container(p.ID(), bad.ID())
-	n.restart(func() {
-		if err := os.WriteFile(path, []byte("garbage"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	})
-	if s := n.again(p.ID()).Status(); s.State != Ready {
-		t.Errorf("the pod is %+v", s)
-	}
-	c, err := n.Manager.Container(good.ID())
-	if err != nil || c.Status().State != Running {
-		t.Errorf("the other container: %v", err)
-	}
-	if data, _ := os.ReadFile(path); string(data) != "garbage" {
-		t.Error("the record was changed")
-	}
-	if n.agentOf(p.ID()).container(bad.ID()) == nil {
-		t.Error("what was not understood was removed from the guest")
-	}
-}
-
 // TestRecoverStrangers leaves alone what is no pod's.
 func TestRecoverStrangers(t *testing.T) {
 	n := newNode(t)

@@ -1,6 +1,7 @@
 package podvm
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -291,7 +292,7 @@ func (c *Container) ended(at time.Time, code int32, reason, message string) {
 		if r.State == Exited {
 			return false
 		}
-		r.State, r.Finished, r.ExitCode, r.Reason, r.Message = Exited, at, code, reason, message
+		r.State, r.Finished, r.ExitCode, r.Reason, r.Message = Exited, at, code, reason, cmp.Or(message, r.Message)
 		return true
 	})
 	c.pod.note("record the end of a container", err)
