@@ -76,14 +76,14 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 }
 
 func (c *collector) collectPods(out chan<- prometheus.Metric, all []podvm.PodStatus) {
-	type key struct{ state, driver string }
+	type key struct{ state, driver, guest string }
 	count := map[key]float64{}
 	for _, p := range all {
-		count[key{string(podvm.Ready), p.Driver}] += 0
-		count[key{string(p.State), p.Driver}]++
+		count[key{string(podvm.Ready), p.Driver, p.Guest}] += 0
+		count[key{string(p.State), p.Driver, p.Guest}]++
 	}
 	for k, n := range count {
-		gauge(out, pods, n, k.state, k.driver)
+		gauge(out, pods, n, k.state, k.driver, k.guest)
 	}
 }
 

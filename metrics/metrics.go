@@ -43,7 +43,7 @@ var (
 		"1, with the daemon's version, the VM driver in use, how its VMs run (kvm or emulation) and the version of the guest.", []string{"version", "driver", "acceleration", "guest"}, nil}
 
 	pods = family{"caisson_pods", "gauge",
-		"Pods, by state and VM driver.", []string{"state", "driver"}, nil}
+		"Pods, by state, VM driver and the version of the guest that they run, which an update changes for new pods only; empty where it was not recorded.", []string{"state", "driver", "guest"}, nil}
 	containers = family{"caisson_containers", "gauge",
 		"Containers, by state.", []string{"state"}, nil}
 	vmmMemory = family{"caisson_vmm_memory_bytes", "gauge",

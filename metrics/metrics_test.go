@@ -44,8 +44,8 @@ func filled() *Metrics {
 	m.Collect(Sources{
 		Pods: func() []podvm.PodStatus {
 			return []podvm.PodStatus{
-				{State: podvm.Ready, Driver: "qemu", VMM: vmm.Info{PID: os.Getpid()}},
-				{State: podvm.NotReady, Driver: "qemu", VMM: vmm.Info{PID: os.Getpid(), Err: vmm.ErrGone}},
+				{State: podvm.Ready, Driver: "qemu", Guest: "g1", VMM: vmm.Info{PID: os.Getpid()}},
+				{State: podvm.NotReady, Driver: "qemu", Guest: "g0", VMM: vmm.Info{PID: os.Getpid(), Err: vmm.ErrGone}},
 			}
 		},
 		Containers: func() []podvm.ContainerStatus { return []podvm.ContainerStatus{{State: podvm.Running}} },
@@ -66,8 +66,9 @@ func TestScrape(t *testing.T) {
 		`caisson_pod_start_phase_duration_seconds_count{phase="guest",result="ok"} 1`,
 		`caisson_pod_starts_total{origin="clone"} 1`,
 		`caisson_pods_starting{phase="network"} 3`,
-		`caisson_pods{driver="qemu",state="ready"} 1`,
-		`caisson_pods{driver="qemu",state="notready"} 1`,
+		`caisson_pods{driver="qemu",guest="g1",state="ready"} 1`,
+		`caisson_pods{driver="qemu",guest="g0",state="ready"} 0`,
+		`caisson_pods{driver="qemu",guest="g0",state="notready"} 1`,
 		`caisson_containers{state="running"} 1`,
 		`caisson_containers{state="exited"} 0`,
 		`caisson_image_pull_duration_seconds_count{result="error"} 1`,

@@ -180,8 +180,10 @@ type PodStatus struct {
 	// Driver is the VMM's ("qemu", "cloud-hypervisor"); VMM and its configuration are for debugging.
 	Driver string
 	VMM    vmm.Info
-	Kernel string
-	Cgroup string
+	// Kernel is its guest's release, Guest the guest's version and Agent that of the agent in it; "" of pods
+	// that daemons started which did not record it.
+	Kernel, Guest, Agent string
+	Cgroup               string
 	// Phases of its start, in order, for those who look for time.
 	Phases []Phase
 }

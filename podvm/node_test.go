@@ -51,7 +51,9 @@ type node struct {
 	patience time.Duration
 	// watchdog is Options.Watchdog.
 	watchdog time.Duration
-	born     func(a *fakeAgent) // called with each agent before its first stream is answered
+	// guest is the version of the guest.
+	guest string
+	born  func(a *fakeAgent) // called with each agent before its first stream is answered
 }
 
 func newNode(t *testing.T) *node {
@@ -98,7 +100,7 @@ func (n *node) open() {
 	m, err := New(Options{
 		Root: root, State: filepath.Join(n.dir, "run"),
 		Driver: driver, Drivers: map[string]vmm.Driver{driver.Name(): driver},
-		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd"}, Network: n.network, Images: n.images, Shares: n.shares,
+		Guest: guestimage.Files{Kernel: "vmlinux", Initrd: "initrd", Version: n.guest}, Network: n.network, Images: n.images, Shares: n.shares,
 		Size: vmm.Size{CPUs: 1, Memory: 256 << 20}, Max: vmm.Size{CPUs: 4, Memory: 4<<30 + 5<<20}, MaxClone: vmm.Size{CPUs: 4, Memory: 2 << 30}, Scratch: scratch, DAX: true, Templates: n.templates, Observer: n.starts, Warm: n.warm,
 		Watchdog: n.watchdog,
 	})

@@ -110,7 +110,7 @@ func (p *Pod) Status() PodStatus {
 	r := p.record.now()
 	s := PodStatus{
 		ID: p.id, Config: r.Config, State: NotReady, Created: r.Created, Reason: r.Reason, Message: r.Message,
-		Driver: r.Driver, Kernel: r.Kernel, Cgroup: r.VM.Cgroup, Phases: r.Phases,
+		Driver: r.Driver, Kernel: r.Kernel, Guest: r.Guest, Agent: r.Agent, Cgroup: r.VM.Cgroup, Phases: r.Phases,
 	}
 	if r.Network != nil {
 		s.IPs, s.NetNS = r.Network.IPs(), r.Network.NetNS

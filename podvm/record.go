@@ -23,7 +23,10 @@ type podRecord struct {
 	VM      vmm.Config
 	Network *network.Attachment `json:",omitempty"`
 	Kernel  string              `json:",omitempty"`
-	Phases  []Phase             `json:",omitempty"`
+	// Guest is the version of the guest that its VM runs, Agent that of the agent in it, as this told it.
+	Guest  string  `json:",omitempty"`
+	Agent  string  `json:",omitempty"`
+	Phases []Phase `json:",omitempty"`
 	// Down tells that nothing of the pod is left on the node but its folder.
 	Down bool `json:",omitempty"`
 	// Disks are the images and block devices attached to the VM, and their addresses in the guest.

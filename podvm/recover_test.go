@@ -94,6 +94,25 @@ func TestRecoverRunningPod(t *testing.T) {
 	n.nothingLeft()
 }
 
+// TestRecoverOtherGuest updates the guest: pods that run keep the one that they began with, and say so.
+func TestRecoverOtherGuest(t *testing.T) {
+	n := newNode(t)
+	n.guest = "before"
+	n.restart(nil)
+	p := n.pod(podConfig("web"))
+	n.restart(func() { n.guest = "now" })
+	n.pod(podConfig("next"))
+	for _, q := range n.Pods() {
+		want := "now"
+		if q.ID() == p.ID() {
+			want = "before"
+		}
+		if s := q.Status(); s.Guest != want || s.Agent != "test" {
+			t.Errorf("pod %s runs the guest %q with the agent %q, want %q", s.Config.Name, s.Guest, s.Agent, want)
+		}
+	}
+}
+
 // TestRecoverVMGone has the VM end while no daemon runs.
 func TestRecoverVMGone(t *testing.T) {
 	n := newNode(t)

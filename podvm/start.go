@@ -35,6 +35,7 @@ type birth struct {
 	config  vmm.Config
 	network *network.Attachment
 	kernel  string
+	agent   string // its version
 	// addressed says that the guest has been told of its network when it was set up.
 	addressed bool
 }
@@ -244,7 +245,7 @@ func (b *birth) identify(ctx context.Context, rpc agent.AgentClient) error {
 	if err != nil {
 		return fmt.Errorf("set up the guest: %w", err)
 	}
-	b.kernel, b.addressed = printable(r.Kernel), request.Network != nil
+	b.kernel, b.agent, b.addressed = printable(r.Kernel), printable(r.Agent), request.Network != nil
 	return nil
 }
 
@@ -293,7 +294,8 @@ func (b *birth) address(ctx context.Context) error {
 func (b *birth) becomeReady() error {
 	phases := b.all(nil)
 	err := b.record.set(func(r *podRecord) {
-		r.Stage, r.VM, r.Network, r.Kernel, r.Phases = ready, b.config, b.network, b.kernel, phases
+		r.Stage, r.VM, r.Network, r.Phases = ready, b.config, b.network, phases
+		r.Kernel, r.Guest, r.Agent = b.kernel, b.m.o.Guest.Version, b.agent
 	})
 	if err != nil {
 		return err

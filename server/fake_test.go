@@ -63,7 +63,7 @@ func (f *fakePods) Run(_ context.Context, c podvm.PodConfig) (Pod, error) {
 	}
 	p := &fakePod{all: f, status: podvm.PodStatus{
 		ID: f.id(len(f.pods) + 1), Config: c, State: podvm.Ready, Created: time.Now(), IPs: []string{"10.1.2.3", "fd00::3"},
-		Driver: "fake", Phases: []podvm.Phase{{Name: "boot", Took: 1500 * time.Microsecond}},
+		Driver: "fake", Guest: "0123456789abcdef", Agent: "1.0", Phases: []podvm.Phase{{Name: "boot", Took: 1500 * time.Microsecond}},
 	}}
 	p.status.VMM.PID = 4242
 	f.pods = append(f.pods, p)

@@ -171,6 +171,8 @@ func podInfo(s podvm.PodStatus) (map[string]string, error) {
 			"pid":     s.VMM.PID,
 			"driver":  s.Driver,
 			"kernel":  s.Kernel,
+			"guest":   s.Guest,
+			"agent":   s.Agent,
 			"netns":   s.NetNS,
 			"cgroup":  s.Cgroup,
 			"cpus":    s.VMM.Size.CPUs,

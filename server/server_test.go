@@ -122,9 +122,11 @@ func checkPodStatus(t *testing.T, r *cri.PodSandboxStatusResponse, container str
 		} `json:"phases"`
 		PID    int             `json:"pid"`
 		Driver string          `json:"driver"`
+		Guest  string          `json:"guest"`
+		Agent  string          `json:"agent"`
 		Config podvm.PodConfig `json:"config"`
 	}
-	if err := json.Unmarshal([]byte(r.GetInfo()["info"]), &info); err != nil || info.PID != 4242 || info.Driver != "fake" || info.Config.Name != "web-0" || len(info.Phases) != 1 || info.Phases[0].Name != "boot" || info.Phases[0].Ms != 1.5 {
+	if err := json.Unmarshal([]byte(r.GetInfo()["info"]), &info); err != nil || info.PID != 4242 || info.Driver != "fake" || info.Guest != "0123456789abcdef" || info.Agent != "1.0" || info.Config.Name != "web-0" || len(info.Phases) != 1 || info.Phases[0].Name != "boot" || info.Phases[0].Ms != 1.5 {
 		t.Errorf("info: %s, %v", r.GetInfo()["info"], err)
 	}
 }
