@@ -14,7 +14,7 @@ func runtimeReady(c Config, g guestimage.Files, driver program) func(context.Con
 }
 
 func needs(c Config, g guestimage.Files, driver program) server.Needs {
-	const build = "build the guest again with 'caissond guest build'"
+	const build = "build the guest again with 'caissond guest build', and start the daemon again"
 	program := c.VM.CloudHV
 	if driver.Name() == qemu.Name {
 		program = c.VM.QEMU

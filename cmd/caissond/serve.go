@@ -77,7 +77,7 @@ type node struct {
 }
 
 func newDaemon(ctx context.Context, c Config) (*node, error) {
-	g, err := guestimage.Open(c.Guest)
+	g, err := guestimage.Keep(c.Guest, filepath.Join(c.Root, "guest-kept"))
 	if err != nil {
 		return nil, err
 	}
