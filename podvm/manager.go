@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"strings"
 	"sync"
@@ -190,6 +191,23 @@ func (m *Manager) Warm() { m.pool.start() }
 
 // WarmClones is how many are ready.
 func (m *Manager) WarmClones() int { return m.pool.count() }
+
+// StopContainers asks all containers to stop, and kills those that have not after grace: the machine goes down, and
+// their VMs with it.
+func (m *Manager) StopContainers(ctx context.Context, grace time.Duration) {
+	var group sync.WaitGroup
+	for _, c := range m.Containers() {
+		if c.record.now().State == Exited {
+			continue
+		}
+		group.Go(func() {
+			if err := c.Stop(ctx, grace); err != nil {
+				slog.Warn("stop a container", "pod", c.pod.id, "container", c.id, "err", err)
+			}
+		})
+	}
+	group.Wait()
+}
 
 // Close lets go of everything; VMs and their containers run on.
 func (m *Manager) Close() error {

@@ -3,10 +3,12 @@ package podvm
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"math"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	systemd "github.com/coreos/go-systemd/v22/dbus"
 	"github.com/godbus/dbus/v5"
@@ -34,7 +36,7 @@ func delegate(ctx context.Context, cgroup string, pid int) error {
 		return fmt.Errorf("scope %s: %w", unit, err)
 	}
 	defer c.Close()
-	_, err = c.StartTransientUnitContext(ctx, unit, "fail", []systemd.Property{
+	properties := []systemd.Property{
 		systemd.PropDescription("VM of a pod"),
 		systemd.PropSlice(filepath.Base(filepath.Dir(cgroup))),
 		systemd.PropPids(uint32(pid)),
@@ -43,11 +45,45 @@ func delegate(ctx context.Context, cgroup string, pid int) error {
 		property("TasksMax", uint64(math.MaxUint64)),
 		// A scope that failed would otherwise be kept for somebody to look at.
 		property("CollectMode", "inactive-or-failed"),
-	}, nil)
-	if err != nil {
+	}
+	if service := ownService(); service != "" { // where the machine goes down, the VM ends after the daemon
+		properties = append(properties, systemd.PropBefore(service))
+	}
+	if _, err := c.StartTransientUnitContext(ctx, unit, "fail", properties, nil); err != nil {
 		return fmt.Errorf("scope %s: %w", unit, err)
 	}
 	return nil
+}
+
+// ownService is the unit that this daemon is of; "" where it is of none.
+var ownService = sync.OnceValue(func() string {
+	data, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return ""
+	}
+	if name := filepath.Base(strings.TrimSpace(string(data))); strings.HasSuffix(name, ".service") {
+		return name
+	}
+	return ""
+})
+
+// GoingDown tells whether systemd takes the whole machine down.
+func GoingDown(ctx context.Context) bool {
+	if !scopes() {
+		return false
+	}
+	c, err := systemd.NewSystemdConnectionContext(ctx)
+	if err != nil {
+		slog.Warn("it is not known whether the machine goes down: pods run on", "err", err)
+		return false
+	}
+	defer c.Close()
+	state, err := c.SystemStateContext(ctx)
+	if err != nil {
+		slog.Warn("it is not known whether the machine goes down: pods run on", "err", err)
+		return false
+	}
+	return state.Value.Value() == "stopping"
 }
 
 func property(name string, value any) systemd.Property {

@@ -375,6 +375,29 @@ func TestStopGrace(t *testing.T) {
 	}
 }
 
+// TestStopContainers: where the machine goes down, all containers get their stop signal, and their VMs wait for it.
+func TestStopContainers(t *testing.T) {
+	n := newNode(t)
+	var all []*Container
+	for _, name := range []string{"one", "two"} {
+		p := n.pod(podConfig(name))
+		for _, name := range []string{"main", "side"} {
+			config := containerConfig(name)
+			config.StopSignal = "SIGTERM"
+			all = append(all, n.running(p, config))
+		}
+	}
+	n.StopContainers(soon(t), time.Minute)
+	for _, c := range all {
+		if s := c.Status(); s.State != Exited || s.ExitCode == killedCode {
+			t.Errorf("%s is %s with code %d", c.id, s.State, s.ExitCode)
+		}
+		if s := c.pod.Status(); s.State != Ready {
+			t.Errorf("its pod is %s: %s", s.State, s.Reason)
+		}
+	}
+}
+
 // TestStopAgain: the kubelet repeats its calls, and shortens the grace period; the program is asked once.
 func TestStopAgain(t *testing.T) {
 	n := newNode(t)

@@ -231,11 +231,27 @@ func (d *node) run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		daemon.SdNotify(false, daemon.SdNotifyStopping)
-		slog.Info("ending; pods run on")
+		d.leave()
 		return nil
 	case err := <-failed:
 		return err
 	}
+}
+
+// shutdownGrace is what containers have to end in where the machine goes down, as in pods by default. What the
+// unit has to stop in (TimeoutStopSec) is more.
+const shutdownGrace = 30 * time.Second
+
+// leave leaves pods to the next daemon, but for one that is of the next boot.
+func (d *node) leave() {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*shutdownGrace)
+	defer cancel()
+	if !podvm.GoingDown(ctx) {
+		slog.Info("ending; pods run on")
+		return
+	}
+	slog.Info("the machine goes down: containers are asked to stop", "grace", shutdownGrace)
+	d.pods.StopContainers(ctx, shutdownGrace)
 }
 
 func (d *node) serveMetrics(failed chan<- error) error {
