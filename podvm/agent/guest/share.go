@@ -34,6 +34,7 @@ type hostDir struct {
 	served  bool
 	link    *agent.Link
 	kernel  *os.File // the kernel's end, /dev/fuse
+	notices *notices
 }
 
 func newHostDirs(dir string) *hostDirs { return &hostDirs{dir: dir, byTag: make(map[string]*hostDir)} }
@@ -44,7 +45,7 @@ func (a *Agent) share(c net.Conn, h agent.Header) error {
 	if err != nil {
 		return refuse(c, err)
 	}
-	link, kernel, err := s.connect(h.Session)
+	link, deliver, err := s.connect(h.Session)
 	if err != nil {
 		return refuse(c, fmt.Errorf("mount a host directory: %w", err))
 	}
@@ -52,7 +53,7 @@ func (a *Agent) share(c net.Conn, h agent.Header) error {
 		link.Leave()
 		return err
 	}
-	return link.Run(c, h.Received, func(_ context.Context, reply []byte) error { return answer(kernel, reply) })
+	return link.Run(c, h.Received, deliver)
 }
 
 func (s *hostDirs) get(tag string) (*hostDir, error) {
@@ -70,9 +71,9 @@ func (s *hostDirs) get(tag string) (*hostDir, error) {
 	return one, nil
 }
 
-// connect returns the link of the session, with its turn taken. A session that is new takes the place of
-// the one before: what is open there is lost, and fails with ENOTCONN.
-func (s *hostDir) connect(session uint64) (*agent.Link, *os.File, error) {
+// connect returns the link of the session, with its turn taken, and who takes what comes by it. A session
+// that is new takes the place of the one before: what is open there is lost, and fails with ENOTCONN.
+func (s *hostDir) connect(session uint64) (*agent.Link, agent.Deliver, error) {
 	<-s.turn
 	defer func() { s.turn <- struct{}{} }()
 	if !s.served || s.session != session {
@@ -84,7 +85,14 @@ func (s *hostDir) connect(session uint64) (*agent.Link, *os.File, error) {
 		}
 	}
 	s.link.Take()
-	return s.link, s.kernel, nil
+	kernel, notices := s.kernel, s.notices
+	return s.link, func(_ context.Context, message []byte) error {
+		if agent.IsNotification(message) {
+			notices.add(message)
+			return nil
+		}
+		return answer(kernel, message)
+	}, nil
 }
 
 func (s *hostDir) drop() error {
@@ -94,11 +102,15 @@ func (s *hostDir) drop() error {
 	slog.Warn("a host directory is served anew: what was open in it is lost", "path", s.dir)
 	s.served = false
 	s.link.Close()
-	return errors.Join(s.kernel.Close(), unix.Unmount(s.dir, unix.MNT_DETACH))
+	// By force first: a notification that waits would keep the file open.
+	return errors.Join(unix.Unmount(s.dir, unix.MNT_FORCE|unix.MNT_DETACH), s.kernel.Close())
 }
 
 // fuseDevice is where the kernel hands out requests.
 const fuseDevice = "/dev/fuse"
+
+// hostDirFlags are how a host directory is mounted.
+const hostDirFlags = unix.MS_NODEV
 
 func (s *hostDir) mount(session uint64) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
@@ -110,11 +122,12 @@ func (s *hostDir) mount(session uint64) error {
 	}
 	// Who may do what is decided here, by modes and owners; all users of the pod see it.
 	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", fd)
-	if err := unix.Mount("caisson", s.dir, "fuse", unix.MS_NODEV, options); err != nil {
+	if err := unix.Mount("caisson", s.dir, "fuse", hostDirFlags, options); err != nil {
 		return errors.Join(err, unix.Close(fd))
 	}
 	kernel := os.NewFile(uintptr(fd), fuseDevice) // not before: the poller would not learn of requests
 	s.session, s.served, s.link, s.kernel = session, true, agent.NewLink(), kernel
+	s.notices = &notices{dir: s.dir, kernel: kernel}
 	go pump(kernel, s.link)
 	return nil
 }
@@ -139,7 +152,7 @@ func pump(kernel *os.File, link *agent.Link) {
 // answer gives the kernel a reply.
 func answer(kernel *os.File, reply []byte) error {
 	_, err := kernel.Write(reply)
-	if errors.Is(err, unix.ENOENT) { // nobody waits for it any more, or knows the name that is to be forgotten
+	if errors.Is(err, unix.ENOENT) { // nobody waits for it any more
 		return nil
 	}
 	if err != nil && !errors.Is(err, os.ErrClosed) {
