@@ -51,6 +51,10 @@ func Serve() error {
 		return err
 	}
 	all := sessions{byTag: map[string]*session{}}
+	if err := all.relieve(); err != nil {
+		reply(conn, response{Reply: agent.ReplyTo(err)})
+		return err
+	}
 	for {
 		go all.handle(conn)
 		conn, err = control.AcceptUnix()

@@ -20,7 +20,51 @@ const (
 
 // files are what all directories of the process may still have open, as RLIMIT_NOFILE is the
 // process's.
-type files struct{ left atomic.Int64 }
+type files struct {
+	left atomic.Int64
+	few  int64 // with fewer left they are scarce
+	// scarce receives when one is taken then.
+	scarce chan struct{}
+}
+
+func newFiles(n int64) *files {
+	f := &files{few: n / 4, scarce: make(chan struct{}, 1)}
+	f.left.Store(n)
+	return f
+}
+
+// Scarce receives when a guest comes to know or open a file, and less than a quarter is left of
+// those that all directories of the process may have.
+func Scarce() (<-chan struct{}, error) {
+	f, err := ownFiles()
+	if err != nil {
+		return nil, err
+	}
+	return f.scarce, nil
+}
+
+// IsScarce tells whether less than a quarter is left.
+func IsScarce() bool {
+	f, err := ownFiles()
+	return err == nil && f.isScarce()
+}
+
+func (f *files) isScarce() bool { return f.left.Load() < f.few }
+
+// take takes one of those that are left, if there is one.
+func (f *files) take() bool {
+	left := f.left.Add(-1)
+	if left < f.few {
+		select {
+		case f.scarce <- struct{}{}:
+		default:
+		}
+	}
+	if left < 0 {
+		f.left.Add(1)
+	}
+	return left >= 0
+}
 
 var ownFiles = sync.OnceValues(func() (*files, error) {
 	var limit unix.Rlimit
@@ -31,9 +75,7 @@ var ownFiles = sync.OnceValues(func() (*files, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &files{}
-	f.left.Store(n)
-	return f, nil
+	return newFiles(n), nil
 })
 
 // filesFor is how many files the guests may have open when the process may have limit.
@@ -52,8 +94,7 @@ type budget struct {
 
 // take adds a descriptor, if one is left.
 func (b *budget) take() bool {
-	if b.all.left.Add(-1) < 0 {
-		b.all.left.Add(1)
+	if !b.all.take() {
 		return false
 	}
 	b.used.Add(1)
