@@ -155,6 +155,6 @@ func (f *FS) opened(entry *fuse.EntryOut, h *handle, fd int, out *fuse.OpenOut) 
 		f.Forget(entry.NodeId, 1)
 		return err
 	}
-	*out = fuse.OpenOut{Fh: id}
+	*out = fuse.OpenOut{Fh: id, OpenFlags: h.openFlags()}
 	return nil
 }

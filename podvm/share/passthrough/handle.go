@@ -3,6 +3,7 @@ package passthrough
 import (
 	"sync"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
@@ -19,6 +20,16 @@ type handle struct {
 	kind  uint32
 	flags int
 	dir   *dirStream // nil for a file
+	// unsized says that the size says nothing of the content.
+	unsized bool
+}
+
+// openFlags are the protocol's. Without a cache the guest's kernel asks whatever the size is.
+func (h *handle) openFlags() uint32 {
+	if h.unsized {
+		return fuse.FOPEN_DIRECT_IO
+	}
+	return 0
 }
 
 func (h *handle) put() {

@@ -44,7 +44,8 @@ func (r *reading) Bytes(buf []byte) ([]byte, fuse.Status) {
 }
 
 // Readv reads straight into the guest's memory. Less than asked for is the file's end for the guest,
-// so it goes on until that; and a part is worth nothing when the rest is an error.
+// so it goes on until that; and a part is worth nothing when the rest is an error. Not so of what has
+// no size, some of which can't be read twice (trace_pipe).
 func (r *reading) Readv(dst [][]byte) (int, fuse.Status) {
 	done := 0
 	for dst = advance(dst, 0); len(dst) > 0; {
@@ -59,6 +60,9 @@ func (r *reading) Readv(dst [][]byte) (int, fuse.Status) {
 			break
 		}
 		done += n
+		if r.h.unsized {
+			break
+		}
 		dst = advance(dst, n)
 	}
 	return done, fuse.OK

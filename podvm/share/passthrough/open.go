@@ -2,6 +2,7 @@ package passthrough
 
 import (
 	"errors"
+	"slices"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -41,7 +42,7 @@ func (f *FS) open(in *fuse.OpenIn, kind, flags uint32, out *fuse.OpenOut) fuse.S
 	if err != nil {
 		return fuse.ToStatus(err)
 	}
-	*out = fuse.OpenOut{Fh: id}
+	*out = fuse.OpenOut{Fh: id, OpenFlags: h.openFlags()}
 	return fuse.OK
 }
 
@@ -82,8 +83,23 @@ func (f *FS) openNode(n *node, kind, guest, how uint32) (*handle, int, error) {
 	h := &handle{kind: kind, flags: flags}
 	if kind == directory {
 		h.dir = f.newDirStream(n, device(&st))
+	} else if st.Size == 0 && flags&unix.O_ACCMODE != unix.O_WRONLY { // for NFS it may be one more request
+		h.unsized = unsized(fd)
 	}
 	return h, fd, nil
+}
+
+// kernelFiles are the file systems whose files the kernel writes as they are read, and has no sizes of.
+var kernelFiles = []int64{
+	unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC,
+	unix.TRACEFS_MAGIC, unix.DEBUGFS_MAGIC, unix.SECURITYFS_MAGIC, unix.SELINUX_MAGIC,
+}
+
+// unsized tells whether an empty file may have content all the same.
+func unsized(fd int) bool {
+	var st unix.Statfs_t
+	err := again(func() error { return unix.Fstatfs(fd, &st) })
+	return err == nil && slices.Contains(kernelFiles, int64(st.Type))
 }
 
 // openNow does not wait for the other end of what should not be here, but for who has a lease.
