@@ -56,7 +56,9 @@ func (f *FS) Symlink(_ <-chan struct{}, in *fuse.InHeader, target, name string, 
 func (f *FS) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
 	kind := in.Mode & unix.S_IFMT
 	switch kind {
-	case 0, unix.S_IFREG, unix.S_IFIFO, unix.S_IFSOCK:
+	case 0, unix.S_IFREG, unix.S_IFIFO:
+	case unix.S_IFSOCK:
+		f.sockets.made.Store(true)
 	case unix.S_IFCHR:
 		if in.Rdev != 0 {
 			return fuse.EPERM

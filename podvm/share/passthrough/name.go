@@ -43,7 +43,11 @@ func (f *FS) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse
 		return fuse.ToStatus(err)
 	}
 	defer dir.put()
-	return fuse.ToStatus(f.lookup(dir.place(), name, out))
+	err = f.lookup(dir.place(), name, out)
+	if err == nil && out.Mode&unix.S_IFMT == unix.S_IFSOCK {
+		f.sockets.looked(name)
+	}
+	return fuse.ToStatus(err)
 }
 
 // lookup makes known what the name is. It is a symlink itself if it is one.

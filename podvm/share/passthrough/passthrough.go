@@ -44,6 +44,7 @@ type FS struct {
 	done    chan struct{} // closed by Close
 	close   sync.Once
 	panics  sync.Once // logs the first
+	sockets sockets
 }
 
 // New serves the directory that root, an O_PATH descriptor, is of. It takes root over. It sets the
