@@ -56,7 +56,7 @@ func (p *Pod) room(c PodConfig) int64 {
 	if c.Resources == nil || c.Resources.Memory <= 0 {
 		return 0
 	}
-	guest := max(c.Resources.Memory+c.guestMemory(), p.record.now().VM.Size.Memory)
+	guest := max(c.withGuest(c.Resources.Memory), p.record.now().VM.Size.Memory)
 	return (guest + vmmMemory(guest) + pageSize - 1) / pageSize * pageSize
 }
 

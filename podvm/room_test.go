@@ -23,6 +23,11 @@ func (n *node) inCgroup(p *Pod, files map[string]string) (dir string) {
 	return dir
 }
 
+// roomFor is what a VM of this size and what serves it take, in whole pages.
+func roomFor(guest int64) string {
+	return fmt.Sprint((guest + 32<<20 + guest/128 + 4095) / 4096 * 4096)
+}
+
 // TestMakeRoom: the kubelet's limit becomes what the VM needs at most; other limits stay.
 func TestMakeRoom(t *testing.T) {
 	const mib = 1 << 20
@@ -32,10 +37,12 @@ func TestMakeRoom(t *testing.T) {
 		limit, overhead int64
 		now, want       string
 	}{
-		"the kubelet's":                       {256 * mib, 0, fmt.Sprintln(256 * mib), fmt.Sprint(256*mib + 64*mib + 32*mib + 320*mib/128)},
-		"with the overhead of a RuntimeClass": {256 * mib, 128 * mib, fmt.Sprintln(384 * mib), fmt.Sprint(256*mib + 128*mib + 32*mib + 384*mib/128)},
-		"less than the VM has at least":       {64 * mib, 0, fmt.Sprintln(64 * mib), fmt.Sprint(256*mib + 32*mib + 2*mib)},
-		"no whole pages":                      {256*mib + 1, 0, fmt.Sprintln(256 * mib), fmt.Sprint(256*mib + 64*mib + 32*mib + 320*mib/128 + 4096)},
+		"the kubelet's":                       {256 * mib, 0, fmt.Sprintln(256 * mib), roomFor(withGuest(256 * mib))},
+		"with the overhead of a RuntimeClass": {256 * mib, 128 * mib, fmt.Sprintln(384 * mib), roomFor(256*mib + 128*mib)},
+		"less than the VM has at least":       {64 * mib, 0, fmt.Sprintln(64 * mib), roomFor(256 * mib)},
+		"with less overhead than it is":       {256 * mib, 32 * mib, fmt.Sprintln(288 * mib), roomFor(withGuest(256 * mib))},
+		"of a large pod":                      {16 << 30, 0, fmt.Sprintln(16 << 30), roomFor(withGuest(16 << 30))},
+		"no whole pages":                      {256*mib + 1, 0, fmt.Sprintln(256 * mib), roomFor(withGuest(256*mib + 1))},
 		"somebody's, who wants less":          {256 * mib, 0, fmt.Sprintln(200 * mib), fmt.Sprintln(200 * mib)},
 		"somebody's, who allows more":         {256 * mib, 0, fmt.Sprintln(2048 * mib), fmt.Sprintln(2048 * mib)},
 		"none":                                {256 * mib, 0, "max\n", "max\n"},

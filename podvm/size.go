@@ -11,15 +11,22 @@ import (
 	"github.com/caisson-vm/caisson/podvm/vmm"
 )
 
-// guestMemory is what the guest's kernel, agent and crun need beside the pod's containers, in bytes, unless the
-// pod's overhead is more.
+// guestMemory is what the guest's kernel, agent and crun need beside the pod's containers, in bytes.
 const guestMemory = 64 << 20
 
-func (c PodConfig) guestMemory() int64 {
+// descriptors is the part of a guest's memory in which its kernel describes the pages, 64 bytes for each. Of what is
+// plugged in, it takes that from the rest.
+const descriptors = 64
+
+// withGuest is what a pod's containers may use, in bytes, with what the guest needs beside them, or with the pod's
+// overhead where that is more.
+func (c PodConfig) withGuest(memory int64) int64 {
+	need := memory + guestMemory
+	need += need / (descriptors - 1)
 	if c.Overhead != nil {
-		return max(guestMemory, c.Overhead.Memory)
+		return max(need, memory+c.Overhead.Memory)
 	}
-	return guestMemory
+	return need
 }
 
 // limits are the resources of the pod's containers that have not ended, but for one.
@@ -162,7 +169,7 @@ func memoryFor(pod PodConfig, containers []Resources) (memory, open int64) {
 	if memory == 0 {
 		return 0, open
 	}
-	return memory + pod.guestMemory(), open
+	return pod.withGuest(memory), open
 }
 
 // sizeAfter is sizeFor when a container's limits change. Where they rise, what was said of the pod as a

@@ -17,6 +17,33 @@ const tooMuch = 16 << 30
 
 func (n *node) size() vmm.Size { return n.driver.VMs()[0].Info().Size }
 
+// withGuest is what a VM has for these limits: what its guest needs, and a 63rd, which is a 64th of the sum.
+func withGuest(limit int64) int64 { return (limit + 64<<20) + (limit+64<<20)/63 }
+
+// mostOf are the limits that such a VM can have.
+func mostOf(vm int64) int64 { return vm - vm/64 - 64<<20 }
+
+// TestAllOfTheLimit: what the guest does not take for itself is the limit at least, also where much of it is
+// plugged in, which takes a 64th of that in descriptors of pages, or is in a VM of a pod that has an overhead.
+func TestAllOfTheLimit(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(podConfig("web"))
+	for _, mib := range []int64{32, 256, 1000, 4096, 16 << 10, 1 << 20} {
+		limit := mib << 20
+		for _, overhead := range []*Resources{nil, {}, {Memory: 64 << 20}, {Memory: 1 << 30}} {
+			config := PodConfig{Resources: &Resources{Memory: limit}, Overhead: overhead}
+			size := p.sizeFor(config, nil).Memory
+			left := size - (size-n.o.Size.Memory)/64 - 64<<20
+			if most := limit + limit/1000 + max(n.o.Size.Memory, 1<<30); left < limit || left > most {
+				t.Errorf("of a limit of %d MiB, with an overhead of %v, there are %d", mib, overhead, left>>20)
+			}
+			if room := p.room(config); room < size+vmmMemory(size) {
+				t.Errorf("for a limit of %d MiB, with an overhead of %v, there is room for %d of %d MiB", mib, overhead, room>>20, size>>20)
+			}
+		}
+	}
+}
+
 // TestLimitsAboveTheNode: such a pod starts, with all there is, and so do its containers.
 func TestLimitsAboveTheNode(t *testing.T) {
 	n := newNode(t)
@@ -59,7 +86,7 @@ func TestUpdateBeyondTheNode(t *testing.T) {
 	if s := n.size(); s != before || p.Status().Config.Resources != nil || c.Status().Config.Resources.Memory != 0 {
 		t.Errorf("the VM became %+v", s)
 	}
-	if err := p.Update(soon(t), nil, &Resources{Memory: 4<<30 - guestMemory}); err != nil {
+	if err := p.Update(soon(t), nil, &Resources{Memory: mostOf(4 << 30)}); err != nil {
 		t.Errorf("all there is: %v", err)
 	}
 }
@@ -74,19 +101,19 @@ func TestContainerAboveItsPod(t *testing.T) {
 	main.Resources, side.Resources = Resources{Memory: 400 << 20, CPUQuota: 100_000}, Resources{Memory: 400 << 20, CPUQuota: 100_000}
 	c := n.running(p, main)
 	n.running(p, side)
-	if s := n.size(); s != (vmm.Size{CPUs: 1, Memory: 512<<20 + guestMemory}) {
+	if s := n.size(); s != (vmm.Size{CPUs: 1, Memory: withGuest(512 << 20)}) {
 		t.Errorf("the pod's limits do not hold: %+v", s)
 	}
 	if err := c.Update(soon(t), Resources{CPUShares: 5}); err != nil {
 		t.Fatal(err)
 	}
-	if s := n.size(); s.Memory != 512<<20+guestMemory {
+	if s := n.size(); s.Memory != withGuest(512<<20) {
 		t.Errorf("for other things than limits the VM became %+v", s)
 	}
 	if err := c.Update(soon(t), Resources{Memory: 600 << 20, CPUQuota: 150_000}); err != nil {
 		t.Fatal(err)
 	}
-	if s := n.size(); s != (vmm.Size{CPUs: 3, Memory: 1000<<20 + guestMemory}) {
+	if s := n.size(); s != (vmm.Size{CPUs: 3, Memory: withGuest(1000 << 20)}) {
 		t.Errorf("the VM became %+v", s)
 	}
 }
@@ -100,7 +127,7 @@ func TestPodWithOneLimit(t *testing.T) {
 	main := containerConfig("main")
 	main.Resources = Resources{Memory: 1 << 30, CPUQuota: 100_000}
 	n.running(p, main)
-	if s := n.size(); s != (vmm.Size{CPUs: 2, Memory: 1<<30 + guestMemory}) {
+	if s := n.size(); s != (vmm.Size{CPUs: 2, Memory: withGuest(1 << 30)}) {
 		t.Errorf("the VM has %+v", s)
 	}
 }
@@ -131,13 +158,13 @@ func TestSizeFor(t *testing.T) {
 		"limit, and nothing":          {whole(cpu(100, 1024)), []Resources{cpu(100, 1024), cpu(0, 2)}, vmm.Size{CPUs: 1, Memory: start}},
 		"limit, and a request":        {whole(cpu(200, 1124)), []Resources{cpu(200, 100), cpu(0, 1024)}, vmm.Size{CPUs: 3, Memory: start}},
 		"limit of the pod":            {whole(cpu(200, 100)), []Resources{cpu(200, 100), cpu(200, 100)}, vmm.Size{CPUs: 2, Memory: start}},
-		"memory":                      {nil, []Resources{{Memory: 512 * mib}}, vmm.Size{CPUs: 1, Memory: 512*mib + guestMemory}},
-		"memory, and no limit":        {nil, []Resources{{Memory: 512 * mib}, {}}, vmm.Size{CPUs: 1, Memory: 512*mib + start + guestMemory}},
-		"memory of the pod, no limit": {whole(Resources{Memory: 512 * mib}), []Resources{{Memory: 512 * mib}, {Memory: -1}, {}}, vmm.Size{CPUs: 1, Memory: 512*mib + 2*start + guestMemory}},
-		"little, and no limit":        {nil, []Resources{{Memory: 16 * mib}, {}}, vmm.Size{CPUs: 1, Memory: 16*mib + start + guestMemory}},
+		"memory":                      {nil, []Resources{{Memory: 512 * mib}}, vmm.Size{CPUs: 1, Memory: withGuest(512 * mib)}},
+		"memory, and no limit":        {nil, []Resources{{Memory: 512 * mib}, {}}, vmm.Size{CPUs: 1, Memory: withGuest(512*mib) + start}},
+		"memory of the pod, no limit": {whole(Resources{Memory: 512 * mib}), []Resources{{Memory: 512 * mib}, {Memory: -1}, {}}, vmm.Size{CPUs: 1, Memory: withGuest(512*mib) + 2*start}},
+		"little, and no limit":        {nil, []Resources{{Memory: 16 * mib}, {}}, vmm.Size{CPUs: 1, Memory: withGuest(16*mib) + start}},
 		"no limit at all":             {whole(Resources{Memory: -1}), []Resources{{}, {Memory: -1}}, vmm.Size{CPUs: 1, Memory: start}},
-		"all memory, and no limit":    {nil, []Resources{{Memory: 4000 * mib}, {}}, vmm.Size{CPUs: 1, Memory: 4096 * mib}},
-		"limit of all, and no limit":  {nil, []Resources{{Memory: tooMuch}, {}}, vmm.Size{CPUs: 1, Memory: tooMuch + guestMemory}},
+		"all memory, and no limit":    {nil, []Resources{{Memory: 3900 * mib}, {}}, vmm.Size{CPUs: 1, Memory: 4096 * mib}},
+		"limit of all, and no limit":  {nil, []Resources{{Memory: tooMuch}, {}}, vmm.Size{CPUs: 1, Memory: withGuest(tooMuch)}},
 	} {
 		if got := p.sizeFor(PodConfig{Resources: c.pod}, c.containers); got != c.want {
 			t.Errorf("%s: got %+v, want %+v", name, got, c.want)
@@ -152,7 +179,7 @@ func TestExclusiveCPUs(t *testing.T) {
 	config, main := podConfig("database"), containerConfig("main")
 	config.Resources, main.Resources = &exclusive, exclusive
 	p := n.pod(config)
-	want := vmm.Size{CPUs: 3, Memory: 512<<20 + guestMemory}
+	want := vmm.Size{CPUs: 3, Memory: withGuest(512 << 20)}
 	if s := n.size(); s != want {
 		t.Errorf("the pod has %+v", s)
 	}
@@ -186,7 +213,7 @@ func TestUpdateRequest(t *testing.T) {
 		t.Error(err)
 	}
 	// The other one's limits may rise to all there is, whatever this one would use.
-	if err := d.Update(soon(t), Resources{CPUQuota: 400_000, Memory: 4<<30 - guestMemory}); err != nil {
+	if err := d.Update(soon(t), Resources{CPUQuota: 400_000, Memory: mostOf(4 << 30)}); err != nil {
 		t.Error(err)
 	}
 }
@@ -206,7 +233,7 @@ func TestMemoryBelowTheCgroups(t *testing.T) {
 	for i, c := range []struct {
 		limit string
 		want  int64
-	}{{"536870912\n", 512<<20 + guestMemory}, {"max\n", 1024<<20 + guestMemory}} {
+	}{{"536870912\n", withGuest(512 << 20)}, {"max\n", withGuest(512<<20) + 512<<20}} {
 		if err := os.WriteFile(filepath.Join(dir, "memory.max"), []byte(c.limit), 0o600); err != nil {
 			t.Fatal(err)
 		}
