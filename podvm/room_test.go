@@ -37,16 +37,16 @@ func TestMakeRoom(t *testing.T) {
 		limit, overhead int64
 		now, want       string
 	}{
-		"the kubelet's":                       {256 * mib, 0, fmt.Sprintln(256 * mib), roomFor(withGuest(256 * mib))},
-		"with the overhead of a RuntimeClass": {256 * mib, 128 * mib, fmt.Sprintln(384 * mib), roomFor(256*mib + 128*mib)},
-		"less than the VM has at least":       {64 * mib, 0, fmt.Sprintln(64 * mib), roomFor(256 * mib)},
-		"with less overhead than it is":       {256 * mib, 32 * mib, fmt.Sprintln(288 * mib), roomFor(withGuest(256 * mib))},
-		"of a large pod":                      {16 << 30, 0, fmt.Sprintln(16 << 30), roomFor(withGuest(16 << 30))},
-		"no whole pages":                      {256*mib + 1, 0, fmt.Sprintln(256 * mib), roomFor(withGuest(256*mib + 1))},
-		"somebody's, who wants less":          {256 * mib, 0, fmt.Sprintln(200 * mib), fmt.Sprintln(200 * mib)},
-		"somebody's, who allows more":         {256 * mib, 0, fmt.Sprintln(2048 * mib), fmt.Sprintln(2048 * mib)},
-		"none":                                {256 * mib, 0, "max\n", "max\n"},
-		"the pod has none":                    {0, 0, fmt.Sprintln(256 * mib), fmt.Sprintln(256 * mib)},
+		"the kubelet's":                      {256 * mib, 0, fmt.Sprintln(256 * mib), roomFor(withGuest(256 * mib))},
+		"with an overhead that is all of it": {256 * mib, 128 * mib, fmt.Sprintln(384 * mib), fmt.Sprintln(384 * mib)},
+		"less than the VM has at least":      {64 * mib, 0, fmt.Sprintln(64 * mib), roomFor(256 * mib)},
+		"with less overhead than it is":      {256 * mib, 32 * mib, fmt.Sprintln(288 * mib), roomFor(withGuest(256 * mib))},
+		"of a large pod":                     {16 << 30, 0, fmt.Sprintln(16 << 30), roomFor(withGuest(16 << 30))},
+		"no whole pages":                     {256*mib + 1, 0, fmt.Sprintln(256 * mib), roomFor(withGuest(256*mib + 1))},
+		"somebody's, who wants less":         {256 * mib, 0, fmt.Sprintln(200 * mib), fmt.Sprintln(200 * mib)},
+		"somebody's, who allows more":        {256 * mib, 0, fmt.Sprintln(2048 * mib), fmt.Sprintln(2048 * mib)},
+		"none":                               {256 * mib, 0, "max\n", "max\n"},
+		"the pod has none":                   {0, 0, fmt.Sprintln(256 * mib), fmt.Sprintln(256 * mib)},
 	} {
 		dir := n.inCgroup(p, map[string]string{"memory.max": c.now, "memory.high": "max\n"})
 		config := podConfig("web")

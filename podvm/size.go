@@ -19,12 +19,13 @@ const guestMemory = 64 << 20
 const descriptors = 64
 
 // withGuest is what a pod's containers may use, in bytes, with what the guest needs beside them, or with the pod's
-// overhead where that is more.
+// overhead where that leaves more: a part of it is for the VMM.
 func (c PodConfig) withGuest(memory int64) int64 {
 	need := memory + guestMemory
 	need += need / (descriptors - 1)
 	if c.Overhead != nil {
-		return max(need, memory+c.Overhead.Memory)
+		all := memory + c.Overhead.Memory
+		return max(need, all-vmmMemory(all))
 	}
 	return need
 }
