@@ -1,7 +1,6 @@
 package network
 
 import (
-	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -13,9 +12,7 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
-	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 func TestSetupTellsWhatTheGuestMustBeLike(t *testing.T) {
@@ -139,60 +136,6 @@ func TestPointToPoint(t *testing.T) {
 
 // empty leaves a namespace as it is.
 func empty(*netlink.Handle) error { return nil }
-
-// What some plugins do behind the result's back: a gateway off the subnet, permanent neighbours.
-func TestInspectReadsTheKernel(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "ns")
-	if err := createNetNS(path, empty); err != nil {
-		t.Fatal(err)
-	}
-	defer deleteNetNS(path)
-	var got Interface
-	err := inNetNS(path, func() error {
-		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-		if err != nil {
-			return err
-		}
-		defer h.Close()
-		mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
-		veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", HardwareAddr: mac, MTU: 1420}, PeerName: "peer"}
-		if err := h.LinkAdd(veth); err != nil {
-			return err
-		}
-		link, err := h.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		gw := net.IPv4(169, 254, 1, 1)
-		addr, err := netlink.ParseAddr("192.0.2.7/32")
-		if err != nil {
-			return err
-		}
-		index := link.Attrs().Index
-		return errors.Join(
-			h.LinkSetUp(link),
-			h.AddrAdd(link, addr),
-			h.RouteAdd(&netlink.Route{LinkIndex: index, Gw: gw, Flags: unix.RTNH_F_ONLINK, Priority: 50}),
-			h.NeighAdd(&netlink.Neigh{LinkIndex: index, State: netlink.NUD_PERMANENT, IP: gw, HardwareAddr: net.HardwareAddr{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}}),
-			func() (err error) { got, err = inspect(h, link, new(types100.Result)); return err }(),
-		)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := Interface{
-		Name: "eth0", MAC: "02:00:00:00:00:01", MTU: 1420,
-		Addresses: []string{"192.0.2.7/32"},
-		Routes: []Route{
-			{Destination: "169.254.1.1/32", Scope: unix.RT_SCOPE_LINK},
-			{Destination: "0.0.0.0/0", Gateway: "169.254.1.1", Metric: 50},
-		},
-		Neighbours: []Neighbour{{Address: "169.254.1.1", MAC: "ee:ee:ee:ee:ee:ee"}},
-	}
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("got\n%+v, want\n%+v", got, want)
-	}
-}
 
 func TestCheck(t *testing.T) {
 	n := newBridgeNode(t)

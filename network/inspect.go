@@ -11,12 +11,11 @@ import (
 	"github.com/containerd/errdefs"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 // inspect reads from the kernel what the guest's card must be like. The kernel knows more than the
 // plugins' result: routes to gateways that are off the subnet, neighbours, interfaces of the routes.
-func inspect(h *netlink.Handle, link netlink.Link, result *types100.Result) (Interface, error) {
+func inspect(h *netlink.Handle, link netlink.Link, all []netlink.Route, result *types100.Result) (Interface, error) {
 	a := link.Attrs()
 	if len(a.HardwareAddr) != 6 {
 		return Interface{}, fmt.Errorf("a %s without a MAC address can't be a virtual machine's card: %w", link.Type(), errdefs.ErrNotImplemented)
@@ -25,22 +24,15 @@ func inspect(h *netlink.Handle, link netlink.Link, result *types100.Result) (Int
 	if err != nil {
 		return Interface{}, fmt.Errorf("list addresses: %w", err)
 	}
-	routes, err := dump(func() ([]netlink.Route, error) { return h.RouteList(link, netlink.FAMILY_ALL) })
-	if err != nil {
-		return Interface{}, fmt.Errorf("list routes: %w", err)
-	}
 	neighs, err := dump(func() ([]netlink.Neigh, error) { return h.NeighList(a.Index, netlink.FAMILY_ALL) })
 	if err != nil {
 		return Interface{}, fmt.Errorf("list neighbours: %w", err)
 	}
-	guest, err := guestRoutes(addrs, routes)
-	if err != nil {
-		return Interface{}, err
-	}
+	routes := over(link, all)
 	return Interface{
 		Name: a.Name, MAC: a.HardwareAddr.String(), MTU: a.MTU,
 		Addresses:  guestAddresses(addrs, routes, a.HardwareAddr, result),
-		Routes:     guest,
+		Routes:     guestRoutes(addrs, routes),
 		Neighbours: guestNeighbours(neighs),
 	}, nil
 }
@@ -83,43 +75,6 @@ func guestAddresses(addrs []netlink.Addr, routes []netlink.Route, mac net.Hardwa
 	return cidrs
 }
 
-// guestRoutes are the routes that the guest does not get with its addresses, those on the link
-// first: the others' gateways may need them.
-func guestRoutes(addrs []netlink.Addr, routes []netlink.Route) ([]Route, error) {
-	var onLink, via []Route
-	for _, r := range routes {
-		if r.Type != unix.RTN_UNICAST || r.Protocol == unix.RTPROT_RA || (isConnected(r) && automatic(r, addrs)) {
-			continue
-		}
-		dst := r.Dst
-		if dst == nil {
-			dst = &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
-			if r.Family == netlink.FAMILY_V6 {
-				dst = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
-			}
-		}
-		gw := r.Gw
-		if gw == nil && r.Via != nil {
-			return nil, fmt.Errorf("route to %s through a gateway of another address family (%v): %w", dst, r.Via, errdefs.ErrNotImplemented)
-		}
-		route := Route{Destination: dst.String(), Metric: r.Priority, Scope: int(r.Scope)}
-		if r.Src != nil {
-			route.Source = r.Src.String()
-		}
-		if gw == nil {
-			onLink = append(onLink, route)
-			continue
-		}
-		route.Gateway = gw.String()
-		via = append(via, route)
-		// The flag says that the gateway is there though no route says so; a route to it does, too.
-		if r.Flags&unix.RTNH_F_ONLINK != 0 && (gw.To4() != nil || !gw.IsLinkLocalUnicast()) {
-			onLink = append(onLink, Route{Destination: host(gw).String(), Scope: unix.RT_SCOPE_LINK})
-		}
-	}
-	return append(onLink, via...), nil
-}
-
 // guestNeighbours are the entries a plugin made by hand.
 func guestNeighbours(neighs []netlink.Neigh) []Neighbour {
 	var out []Neighbour
@@ -131,34 +86,12 @@ func guestNeighbours(neighs []netlink.Neigh) []Neighbour {
 	return out
 }
 
-// isConnected tells whether the route is one to a subnet on the link.
-func isConnected(r netlink.Route) bool {
-	return r.Dst != nil && r.Gw == nil && r.Via == nil
-}
-
-// automatic tells whether the guest's kernel makes the connected route by itself: for the subnet of
-// one of its addresses, and IPv6's for link-local and multicast.
-func automatic(r netlink.Route, addrs []netlink.Addr) bool {
-	if r.Dst.IP.To4() == nil && (r.Dst.IP.IsLinkLocalUnicast() || r.Dst.IP.IsMulticast()) {
-		return true
-	}
-	return r.Protocol == unix.RTPROT_KERNEL &&
-		slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return sameNet(r.Dst, subnet(a)) })
-}
-
 func subnet(a netlink.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.IP.Mask(a.Mask), Mask: a.Mask}
 }
 
 func sameNet(a, b *net.IPNet) bool {
 	return a.IP.Equal(b.IP) && bytes.Equal(a.Mask, b.Mask)
-}
-
-func host(ip net.IP) *net.IPNet {
-	if v4 := ip.To4(); v4 != nil {
-		return &net.IPNet{IP: v4, Mask: net.CIDRMask(32, 32)}
-	}
-	return &net.IPNet{IP: ip, Mask: net.CIDRMask(128, 128)}
 }
 
 // eui64 is the IPv6 link-local address that a kernel derives from a MAC (RFC 4291, appendix A).

@@ -58,6 +58,9 @@ type Route struct {
 	Source      string
 	Metric      int
 	Scope       int
+	MTU, AdvMSS int `json:",omitempty"` // bytes; 0: as the interface's
+	// Type is rtnetlink's where it is not unicast: a blackhole, for one, which is over no interface.
+	Type int `json:",omitempty"`
 }
 
 // Neighbour is a permanent ARP or NDP entry.

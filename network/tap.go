@@ -46,8 +46,12 @@ func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interf
 		if err != nil {
 			return err
 		}
+		routes, refusing, err := podRoutes(h, links)
+		if err != nil {
+			return err
+		}
 		for i, link := range links {
-			iface, err := inspect(h, link, result)
+			iface, err := inspect(h, link, routes, result)
 			if err != nil {
 				return fmt.Errorf("interface %s: %w", link.Attrs().Name, err)
 			}
@@ -63,6 +67,7 @@ func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interf
 			}
 			ifaces = append(ifaces, iface)
 		}
+		ifaces[0].Routes = append(ifaces[0].Routes, refusing...)
 		return nil
 	})
 	return ifaces, err

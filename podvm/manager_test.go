@@ -31,7 +31,7 @@ func TestLife(t *testing.T) {
 	if a.setup.PodId != p.ID() || a.setup.Hostname != p.ID()[:12] || len(a.setup.Entropy) < 32 || len(a.setup.MachineId) != 32 || a.setup.ScratchAddr != "serial:scratch" || a.setup.Dns.Servers[0] != "10.0.0.10" {
 		t.Errorf("the guest was set up as %v", a.setup)
 	}
-	if nic := a.network.Interfaces[0]; nic.Name != "eth0" || nic.Mtu != 1450 || len(nic.Addresses) != 2 || len(nic.Routes) != 1 || len(nic.Neighbours) != 1 {
+	if nic := a.network.Interfaces[0]; nic.Name != "eth0" || nic.Mtu != 1450 || len(nic.Addresses) != 2 || len(nic.Routes) != 1 || nic.Routes[0].Mtu != 1400 || nic.Routes[0].Advmss != 1300 || len(nic.Neighbours) != 1 {
 		t.Errorf("the guest's network is %v", a.network)
 	}
 	c := n.container(p, containerConfig("main"))

@@ -234,7 +234,7 @@ func (f *fakeNetwork) Setup(_ context.Context, p network.Pod) (*network.Attachme
 	}
 	return &network.Attachment{NetNS: "/run/netns/" + p.ID, Interfaces: []network.Interface{{
 		Name: "eth0", Tap: "tap0", MAC: "02:00:00:00:00:01", MTU: 1450, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
-		Routes: []network.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1"}}, Neighbours: []network.Neighbour{{Address: "10.1.2.1", MAC: "02:00:00:00:00:02"}},
+		Routes: []network.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1", MTU: 1400, AdvMSS: 1300}}, Neighbours: []network.Neighbour{{Address: "10.1.2.1", MAC: "02:00:00:00:00:02"}},
 	}, {Name: "net1", Tap: "tap1", MAC: "02:00:00:00:00:03"}}}, nil
 }
 

@@ -268,6 +268,7 @@ func (b *birth) addresses() *agent.NetworkRequest {
 		for _, r := range i.Routes {
 			nic.Routes = append(nic.Routes, &agent.Route{
 				Destination: r.Destination, Gateway: r.Gateway, Source: r.Source, Metric: uint32(r.Metric), Scope: uint32(r.Scope),
+				Mtu: uint32(r.MTU), Advmss: uint32(r.AdvMSS), Type: uint32(r.Type),
 			})
 		}
 		for _, n := range i.Neighbours {

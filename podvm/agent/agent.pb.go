@@ -631,7 +631,10 @@ type Route struct {
 	Gateway       string                 `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`         // empty: on link
 	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
 	Metric        uint32                 `protobuf:"varint,4,opt,name=metric,proto3" json:"metric,omitempty"`
-	Scope         uint32                 `protobuf:"varint,5,opt,name=scope,proto3" json:"scope,omitempty"` // rtnetlink scope
+	Scope         uint32                 `protobuf:"varint,5,opt,name=scope,proto3" json:"scope,omitempty"`   // rtnetlink scope
+	Mtu           uint32                 `protobuf:"varint,6,opt,name=mtu,proto3" json:"mtu,omitempty"`       // bytes; 0: as the card's
+	Advmss        uint32                 `protobuf:"varint,7,opt,name=advmss,proto3" json:"advmss,omitempty"` // bytes; 0: as the MTU says
+	Type          uint32                 `protobuf:"varint,8,opt,name=type,proto3" json:"type,omitempty"`     // rtnetlink type; 0: unicast, over the card; others are over none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -697,6 +700,27 @@ func (x *Route) GetMetric() uint32 {
 func (x *Route) GetScope() uint32 {
 	if x != nil {
 		return x.Scope
+	}
+	return 0
+}
+
+func (x *Route) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *Route) GetAdvmss() uint32 {
+	if x != nil {
+		return x.Advmss
+	}
+	return 0
+}
+
+func (x *Route) GetType() uint32 {
+	if x != nil {
+		return x.Type
 	}
 	return 0
 }
@@ -3038,13 +3062,16 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"neighbours\x18\x06 \x03(\v2\x1b.caisson.agent.v1.NeighbourR\n" +
 	"neighbours\x12\x19\n" +
-	"\bcard_mac\x18\a \x01(\tR\acardMac\"\x89\x01\n" +
+	"\bcard_mac\x18\a \x01(\tR\acardMac\"\xc7\x01\n" +
 	"\x05Route\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
 	"\x06source\x18\x03 \x01(\tR\x06source\x12\x16\n" +
 	"\x06metric\x18\x04 \x01(\rR\x06metric\x12\x14\n" +
-	"\x05scope\x18\x05 \x01(\rR\x05scope\"7\n" +
+	"\x05scope\x18\x05 \x01(\rR\x05scope\x12\x10\n" +
+	"\x03mtu\x18\x06 \x01(\rR\x03mtu\x12\x16\n" +
+	"\x06advmss\x18\a \x01(\rR\x06advmss\x12\x12\n" +
+	"\x04type\x18\b \x01(\rR\x04type\"7\n" +
 	"\tNeighbour\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\"W\n" +

@@ -318,7 +318,7 @@ func (c *cards) addRoute(link int, r *agent.Route) error {
 	if err != nil {
 		return err
 	}
-	if err := c.rt.addRoute(link, dst, gateway, source, r.Metric, uint8(r.Scope)); err != nil {
+	if err := c.rt.addRoute(link, dst, gateway, source, r); err != nil {
 		return fmt.Errorf("add route to %s by %q: %w", r.Destination, r.Gateway, err)
 	}
 	return nil

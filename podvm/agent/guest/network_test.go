@@ -48,7 +48,10 @@ func TestNetwork(t *testing.T) {
 		Routes: []*agent.Route{
 			{Destination: "169.254.1.1/32", Scope: uint32(netlink.SCOPE_LINK)},
 			{Destination: "0.0.0.0/0", Gateway: "169.254.1.1", Source: "10.1.2.3", Metric: 5},
-			{Destination: "::/0", Gateway: "fd00::1"},
+			{Destination: "::/0", Gateway: "fd00::1", Mtu: 1300},
+			{Destination: "198.51.100.0/24", Gateway: "169.254.1.1", Mtu: 1350, Advmss: 1200},
+			{Destination: "203.0.113.0/24", Type: unix.RTN_BLACKHOLE},
+			{Destination: "2001:db8:1::/48", Type: unix.RTN_UNREACHABLE, Metric: 7},
 		},
 		Neighbours: []*agent.Neighbour{{Address: "169.254.1.1", Mac: "02:00:00:00:00:01"}},
 	}}})
@@ -80,6 +83,20 @@ func TestNetwork(t *testing.T) {
 		if err != nil || len(routes) != 1 || routes[0].Gw.String() != via {
 			t.Errorf("route to %s: %v, %v", to, routes, err)
 		}
+	}
+	all, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	like := map[string]netlink.Route{}
+	for _, r := range all {
+		like[r.Dst.String()] = r
+	}
+	if r := like["198.51.100.0/24"]; r.MTU != 1350 || r.AdvMSS != 1200 || like["::/0"].MTU != 1300 || like["0.0.0.0/0"].MTU != 0 {
+		t.Errorf("MTUs are not the routes' own: %v", all)
+	}
+	if like["203.0.113.0/24"].Type != unix.RTN_BLACKHOLE || like["2001:db8:1::/48"].Type != unix.RTN_UNREACHABLE {
+		t.Errorf("routes that refuse packets: %v", all)
 	}
 	neighbours, err := netlink.NeighList(link.Attrs().Index, netlink.FAMILY_V4)
 	if err != nil || len(neighbours) != 1 || neighbours[0].State != netlink.NUD_PERMANENT {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 
+	"github.com/caisson-vm/caisson/podvm/agent"
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -100,13 +101,18 @@ func (r rtnetlink) addAddress(link int, ip net.IP, prefix int) error {
 	return r.do(unix.RTM_NEWADDR, replace, parts...)
 }
 
-// addRoute adds one by a gateway, from a source address, which may be nil.
-func (r rtnetlink) addRoute(link int, dst *net.IPNet, gateway, source net.IP, metric uint32, scope uint8) error {
+// addRoute adds one by a gateway, from a source address, which may be nil; what else it is like stands in like.
+func (r rtnetlink) addRoute(link int, dst *net.IPNet, gateway, source net.IP, like *agent.Route) error {
 	family, ip := familyOf(dst.IP)
 	prefix, _ := dst.Mask.Size()
 	info := nl.NewRtMsg()
-	info.Family, info.Dst_len, info.Scope = uint8(family), uint8(prefix), scope
-	parts := []nl.NetlinkRequestData{info, nl.NewRtAttr(unix.RTA_DST, ip), nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(link)))}
+	info.Family, info.Dst_len, info.Scope = uint8(family), uint8(prefix), uint8(like.Scope)
+	parts := []nl.NetlinkRequestData{info, nl.NewRtAttr(unix.RTA_DST, ip)}
+	if like.Type != 0 {
+		info.Type = uint8(like.Type)
+	} else {
+		parts = append(parts, nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(link))))
+	}
 	for _, via := range []struct {
 		kind int
 		ip   net.IP
@@ -120,8 +126,20 @@ func (r rtnetlink) addRoute(link int, dst *net.IPNet, gateway, source net.IP, me
 		}
 		parts = append(parts, nl.NewRtAttr(via.kind, ip))
 	}
-	if metric != 0 {
-		parts = append(parts, nl.NewRtAttr(unix.RTA_PRIORITY, nl.Uint32Attr(metric)))
+	if like.Metric != 0 {
+		parts = append(parts, nl.NewRtAttr(unix.RTA_PRIORITY, nl.Uint32Attr(like.Metric)))
+	}
+	if like.Mtu != 0 || like.Advmss != 0 {
+		metrics := nl.NewRtAttr(unix.RTA_METRICS, nil)
+		for _, m := range []struct {
+			kind  int
+			value uint32
+		}{{unix.RTAX_MTU, like.Mtu}, {unix.RTAX_ADVMSS, like.Advmss}} {
+			if m.value != 0 {
+				metrics.AddRtAttr(m.kind, nl.Uint32Attr(m.value))
+			}
+		}
+		parts = append(parts, metrics)
 	}
 	return r.do(unix.RTM_NEWROUTE, replace, parts...)
 }
