@@ -105,10 +105,11 @@ func (n *CNI) Status(ctx context.Context) error {
 // a plugin has made, a missing one would keep from being deleted.
 func (n *CNI) installed(list *libcni.NetworkConfigList) error {
 	for _, p := range list.Plugins {
-		for _, name := range []string{p.Network.Type, p.Network.IPAM.Type} {
-			if name == "" {
-				continue
-			}
+		names := []string{p.Network.Type}
+		if ipam := p.Network.IPAM.Type; ipam != "" && slices.Contains(delegating, p.Network.Type) {
+			names = append(names, ipam)
+		}
+		for _, name := range names {
 			if _, err := invoke.FindInPath(name, n.o.BinDirs); err != nil {
 				return missingPlugin(name, n.o.BinDirs)
 			}
@@ -119,6 +120,11 @@ func (n *CNI) installed(list *libcni.NetworkConfigList) error {
 	}
 	return nil
 }
+
+// delegating are the plugins of which it is known that they run the one that ipam.type names. Others have a
+// name there that is no program's, as Azure's azure-cns.
+// Source: github.com/containernetworking/plugins, plugins/main.
+var delegating = []string{"bridge", "dummy", "host-device", "ipvlan", "macvlan", "ptp", "tap", "vlan"}
 
 func missingPlugin(name string, dirs []string) error {
 	return fmt.Errorf("cni plugin %q is in none of %s: install it there, or name its directory in the configuration (Debian: apt install containernetworking-plugins): %w",

@@ -50,6 +50,17 @@ func TestStatus(t *testing.T) {
 	unready(conf)
 }
 
+// A plugin that does not delegate may have any name for its IPAM.
+func TestStatusOfOwnIPAM(t *testing.T) {
+	n := newNode(t)
+	n.script(t, "azure-vnet", "exit 0")
+	n.write(t, "net.d/10-azure.conflist", `{"cniVersion": "0.3.0", "name": "azure", "plugins": [
+		{"type": "azure-vnet", "mode": "transparent", "ipam": {"type": "azure-cns"}}]}`, 0o644)
+	if err := n.Status(t.Context()); err != nil {
+		t.Errorf("status: %v", err)
+	}
+}
+
 func TestStatusAsksThePlugins(t *testing.T) {
 	n := newScriptNode(t, "1.1.0", `test -e $(dirname $0)/../up || { echo '{"code": 50, "msg": "the daemon is down"}'; exit 1; }`)
 	if err := n.Status(t.Context()); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "the daemon is down") {
