@@ -36,6 +36,9 @@ type Options struct {
 	NetNSDir string
 	// Timeout is how long one run of a plugin may take before it is killed. Default: 1 minute.
 	Timeout time.Duration
+	// AllowFilters starts pods in whose namespaces plugins have put packet filters, which a VM's packets
+	// never pass.
+	AllowFilters bool
 }
 
 // CNI gives pods their network through CNI plugins. Its methods may be called concurrently, but

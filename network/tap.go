@@ -37,6 +37,9 @@ func tapName(i int) string { return fmt.Sprintf("caisson%d", i) }
 func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interface, error) {
 	var ifaces []Interface
 	err := inNetNS(rt.NetNS, func() error {
+		if err := n.checkFilters(rt.ContainerID); err != nil {
+			return err
+		}
 		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 		if err != nil {
 			return fmt.Errorf("netlink: %w", err)

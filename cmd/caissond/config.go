@@ -46,8 +46,9 @@ type Config struct {
 		CloudHV   string   `toml:"cloud_hypervisor" comment:"Cloud Hypervisor's binary; a name is looked up in PATH."`
 	} `toml:"vm"`
 	CNI struct {
-		ConfDir string   `toml:"conf_dir"`
-		BinDirs []string `toml:"bin_dirs"`
+		ConfDir      string   `toml:"conf_dir"`
+		BinDirs      []string `toml:"bin_dirs"`
+		AllowFilters bool     `toml:"allow_filters" comment:"A VM's packets never pass filters (iptables, nftables) that a network plugin has put into the pod's namespace, as those of service meshes do. false: such a pod is refused. true: it starts, and its filters have no effect."`
 	} `toml:"cni"`
 	Images struct {
 		RegistriesConf string   `toml:"registries_conf" comment:"containers-registries.conf(5): mirrors, insecure and blocked registries, aliases of short names (other short names are docker.io's). Empty: the system's."`

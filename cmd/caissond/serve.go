@@ -106,7 +106,7 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 	}
 	cni := network.New(network.Options{
 		ConfDir: c.CNI.ConfDir, BinDirs: c.CNI.BinDirs,
-		CacheDir: filepath.Join(c.Root, "cni"), NetNSDir: filepath.Join(c.State, "netns"),
+		CacheDir: filepath.Join(c.Root, "cni"), NetNSDir: filepath.Join(c.State, "netns"), AllowFilters: c.CNI.AllowFilters,
 	})
 	if err := d.makePods(c, g, found, cni); err != nil {
 		d.images.Close()
