@@ -8,14 +8,18 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// frames are those of a protocol (ETH_P_...), to one address where dst is not nil.
+// frames are those of a protocol (ETH_P_...): all of them, or those to an address, or to a port by UDP and IPv4.
 type frames struct {
 	protocol uint16
-	dst      net.IP
+	dst      net.IP // nil: any
+	udp      uint16 // 0: any
 }
+
+func (f frames) all() bool { return f.dst == nil && f.udp == 0 }
 
 // classifiers pick frames, in the order they are tried: kernels are built without one or the other. Each
 // makes a filter, or nil if it can't pick these.
@@ -27,38 +31,49 @@ var classifiers = []struct {
 		return &netlink.U32{FilterAttrs: a, Sel: f.words(), Actions: do}
 	}},
 	{"matchall", func(f frames, a netlink.FilterAttrs, do []netlink.Action) netlink.Filter {
-		if f.dst != nil {
+		if !f.all() {
 			return nil
 		}
 		return &netlink.MatchAll{FilterAttrs: a, Actions: do}
 	}},
 	{"flower", func(f frames, a netlink.FilterAttrs, do []netlink.Action) netlink.Filter {
-		all := &netlink.Flower{FilterAttrs: a, Actions: do}
-		if f.dst != nil {
-			all.EthType, all.DestIP = f.protocol, f.dst
+		flower := &netlink.Flower{FilterAttrs: a, Actions: do}
+		if !f.all() {
+			flower.EthType, flower.DestIP = f.protocol, f.dst
 		}
-		return all
+		if f.udp != 0 {
+			udp := nl.IPPROTO_UDP
+			flower.IPProto, flower.DestPort = &udp, f.udp
+		}
+		return flower
 	}},
 }
 
-// words is by what u32 picks frames: the words of the packet's destination; nil for all.
+// words is by what u32 picks frames: words of the packet; nil for all.
 func (f frames) words() *netlink.TcU32Sel {
-	if f.dst == nil {
+	var keys []netlink.TcU32Key
+	switch {
+	case f.all():
 		return nil
-	}
-	dst, offset := f.dst.To4(), int32(16)
-	if dst == nil {
-		dst, offset = f.dst, 24
-	}
-	keys := make([]netlink.TcU32Key, len(dst)/4)
-	for i := range keys {
-		keys[i] = netlink.TcU32Key{Mask: ^uint32(0), Val: binary.BigEndian.Uint32(dst[4*i:]), Off: offset + int32(4*i)}
+	case f.udp != 0: // a header without options, no further fragment, UDP, the port
+		keys = []netlink.TcU32Key{
+			{Mask: 0x0f000000, Val: 0x05000000, Off: 0}, {Mask: 0x1fff, Off: 4},
+			{Mask: 0x00ff0000, Val: unix.IPPROTO_UDP << 16, Off: 8}, {Mask: 0xffff, Val: uint32(f.udp), Off: 20},
+		}
+	default:
+		dst, offset := f.dst.To4(), int32(16)
+		if dst == nil {
+			dst, offset = f.dst, 24
+		}
+		for i := int32(0); i < int32(len(dst)); i += 4 {
+			keys = append(keys, netlink.TcU32Key{Mask: ^uint32(0), Val: binary.BigEndian.Uint32(dst[i:]), Off: offset + i})
+		}
 	}
 	return &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: uint8(len(keys)), Keys: keys}
 }
 
 // redirect sends every frame that arrives at from out of to, but for those in but, as far as this kernel can
-// tell them: the namespace's stack gets them, which has no use for them.
+// tell them: the namespace's stack gets them.
 // Source: tc-mirred(8).
 func (n *CNI) redirect(h *netlink.Handle, from, to netlink.Link, but ...frames) error {
 	err := h.QdiscAdd(&netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{

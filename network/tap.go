@@ -119,7 +119,7 @@ func (n *CNI) join(h *netlink.Handle, name string, link netlink.Link) error {
 	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
 		return fmt.Errorf("mtu %d of %s: %w", link.Attrs().MTU, name, err)
 	}
-	if err := n.redirect(h, link, tap, memberships...); err != nil {
+	if err := n.redirect(h, link, tap, slices.Concat(memberships, leases)...); err != nil {
 		return fmt.Errorf("redirect %s to %s: %w", link.Attrs().Name, name, err)
 	}
 	// VMMs announce a clone's card by RARP, several times, and by the address that it had in the template:
@@ -134,9 +134,13 @@ func (n *CNI) join(h *netlink.Handle, name string, link netlink.Link) error {
 // A bridge floods them, nine when a pod starts, and each would wake all guests. Like a switch that listens to
 // them, and does not pass them on to hosts (RFC 4541), the pod's interface keeps them from the guest.
 var memberships = []frames{
-	{unix.ETH_P_IPV6, net.ParseIP("ff02::16")},
-	{unix.ETH_P_IP, net.IPv4(224, 0, 0, 22)},
+	{protocol: unix.ETH_P_IPV6, dst: net.ParseIP("ff02::16")},
+	{protocol: unix.ETH_P_IP, dst: net.IPv4(224, 0, 0, 22)},
 }
+
+// leases are what a DHCP server answers: to the dhcp plugin's daemon, which listens in the namespace for as long
+// as the pod has its address.
+var leases = []frames{{protocol: unix.ETH_P_IP, udp: 68}}
 
 // silence keeps the namespace's stack from greeting the guest with its own neighbour discovery.
 func silence(tap string) error { return ipv6Sysctl(tap, "disable_ipv6", "1") }
