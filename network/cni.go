@@ -176,6 +176,9 @@ func (n *CNI) setup(ctx context.Context, list *libcni.NetworkConfigList, rt *lib
 	if a.Interfaces, err = n.connect(rt, result); err != nil {
 		return nil, err
 	}
+	if a.Sysctls, err = sysctls(list, rt.IfName); err != nil {
+		return nil, err
+	}
 	slog.DebugContext(ctx, "network up", "pod", rt.ContainerID, "network", list.Name,
 		"cni_ms", plugged.Sub(begin).Milliseconds(), "tap_ms", time.Since(plugged).Milliseconds())
 	return a, nil

@@ -85,6 +85,31 @@ func parseConfList(path string) (*libcni.NetworkConfigList, error) {
 	return libcni.NetworkConfFromBytes(list)
 }
 
+// sysctls are those that plugins of type tuning set in the namespace of a pod whose interface has that name: the
+// guest has a kernel of its own to set them in.
+// Source: github.com/containernetworking/plugins, plugins/meta/tuning.
+func sysctls(list *libcni.NetworkConfigList, ifName string) (map[string]string, error) {
+	all := map[string]string{}
+	for _, p := range list.Plugins {
+		if p.Network.Type != "tuning" {
+			continue
+		}
+		var conf struct {
+			Sysctl map[string]string `json:"sysctl"`
+		}
+		if err := json.Unmarshal(p.Bytes, &conf); err != nil {
+			return nil, fmt.Errorf("sysctls of plugin tuning: %w: %w", err, errdefs.ErrFailedPrecondition)
+		}
+		for name, value := range conf.Sysctl {
+			if !strings.Contains(name, ".") { // a name with both has the dots of an interface
+				name = strings.ReplaceAll(name, "/", ".")
+			}
+			all[strings.Replace(name, "IFNAME", ifName, 1)] = value
+		}
+	}
+	return all, nil
+}
+
 // Status returns nil when pods can get a network, else the reason why not and what to do.
 // Plugins of CNI 1.1 are asked themselves (STATUS).
 func (n *CNI) Status(ctx context.Context) error {

@@ -128,3 +128,41 @@ func TestRoutesThatNoGuestCanHave(t *testing.T) {
 		return nil
 	})
 }
+
+func TestRulesAreRefused(t *testing.T) {
+	withCard(t, func(h *netlink.Handle, _ netlink.Link) error {
+		if err := checkRules(h); err != nil {
+			t.Errorf("the rules that every namespace has: %v", err)
+		}
+		for _, src := range []string{"192.0.2.7", "2001:db8::7"} {
+			rule := netlink.NewRule()
+			rule.Src, rule.Table, rule.Priority = host(net.ParseIP(src)), 100, 100
+			if rule.Family = netlink.FAMILY_V4; strings.Contains(src, ":") {
+				rule.Family = netlink.FAMILY_V6
+			}
+			if err := h.RuleAdd(rule); err != nil {
+				return err
+			}
+			if err := checkRules(h); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), src) || !strings.Contains(err.Error(), "table 100") {
+				t.Errorf("a rule of its own: %v", err)
+			}
+			if err := h.RuleDel(rule); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// Sysctls of the namespace are the guest's.
+func TestSysctlsOfTuning(t *testing.T) {
+	n := newBridgeNode(t, map[string]any{"type": "tuning", "sysctl": map[string]string{
+		"net.core.somaxconn": "512", "net/ipv4/conf/all/arp_ignore": "1", "net.ipv4.conf.IFNAME.arp_filter": "1",
+	}})
+	got := n.setup(t, n.pod(1)).Sysctls
+	n.teardown(t, n.pod(1).ID)
+	want := map[string]string{"net.core.somaxconn": "512", "net.ipv4.conf.all.arp_ignore": "1", "net.ipv4.conf.eth0.arp_filter": "1"}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("sysctls %v, want %v", got, want)
+	}
+}

@@ -38,6 +38,8 @@ type Attachment struct {
 	Interfaces []Interface
 	// DNS as the CNI's result says; used when the pod's own is empty.
 	DNS DNS
+	// Sysctls are those that the network sets in a pod, by names with dots.
+	Sysctls map[string]string `json:",omitempty"`
 }
 
 // Interface is what the guest's network card must be like, and the tap behind it.

@@ -45,6 +45,24 @@ func podRoutes(h *netlink.Handle, links []netlink.Link) (all []netlink.Route, re
 	return all, refusing, nil
 }
 
+// checkRules refuses a pod in whose namespace a plugin has made rules of which table of routes is for what, as
+// source-based routing has them: a guest has one table.
+func checkRules(h *netlink.Handle) error {
+	rules, err := dump(func() ([]netlink.Rule, error) { return h.RuleList(netlink.FAMILY_ALL) })
+	if err != nil {
+		return fmt.Errorf("list routing rules: %w", err)
+	}
+	// Those that every namespace has, by priority.
+	tables := map[int]int{0: unix.RT_TABLE_LOCAL, 32766: unix.RT_TABLE_MAIN, 32767: unix.RT_TABLE_DEFAULT}
+	for _, r := range rules {
+		if (r.Family == netlink.FAMILY_V4 || r.Family == netlink.FAMILY_V6) && r.Table != tables[r.Priority] {
+			return fmt.Errorf("routing rule of the pod's namespace (%v): a pod's VM has the main table of routes only; "+
+				"have the network do without the plugin that made it, as sbr does, or run such pods by another runtime: %w", r, errdefs.ErrNotImplemented)
+		}
+	}
+	return nil
+}
+
 // over are the routes over a link.
 func over(link netlink.Link, all []netlink.Route) (routes []netlink.Route) {
 	for _, r := range all {

@@ -49,6 +49,9 @@ func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interf
 		if err != nil {
 			return err
 		}
+		if err := checkRules(h); err != nil {
+			return err
+		}
 		routes, refusing, err := podRoutes(h, links)
 		if err != nil {
 			return err

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,6 +23,7 @@ func TestLife(t *testing.T) {
 	events := n.Events(soon(t))
 	config := podConfig("web")
 	config.LogDir = filepath.Join(n.dir, "logs")
+	config.Sysctls = map[string]string{"net.ipv4.ip_forward": "0"}
 	p := n.pod(config)
 	s := p.Status()
 	if s.State != Ready || len(s.IPs) != 2 || s.IPs[0] != "10.1.2.3" || s.Driver != "fake" || strings.Contains(s.Kernel, "\x1b") || len(s.Phases) == 0 {
@@ -33,6 +35,9 @@ func TestLife(t *testing.T) {
 	}
 	if nic := a.network.Interfaces[0]; nic.Name != "eth0" || nic.Mtu != 1450 || len(nic.Addresses) != 2 || len(nic.Routes) != 1 || nic.Routes[0].Mtu != 1400 || nic.Routes[0].Advmss != 1300 || len(nic.Neighbours) != 1 {
 		t.Errorf("the guest's network is %v", a.network)
+	}
+	if want := map[string]string{"net.core.somaxconn": "512", "net.ipv4.ip_forward": "0"}; !maps.Equal(a.network.Sysctls, want) {
+		t.Errorf("sysctls %v, want %v: the network's, and the pod's before them", a.network.Sysctls, want)
 	}
 	c := n.container(p, containerConfig("main"))
 	if s := c.Status(); s.State != Created || s.ImageRef != testDigest || s.User == nil || s.User.UID != 1 {

@@ -232,7 +232,8 @@ func (f *fakeNetwork) Setup(_ context.Context, p network.Pod) (*network.Attachme
 	if err := f.fail["Setup"]; err != nil {
 		return nil, err
 	}
-	return &network.Attachment{NetNS: "/run/netns/" + p.ID, Interfaces: []network.Interface{{
+	sysctls := map[string]string{"net.core.somaxconn": "512", "net.ipv4.ip_forward": "1"}
+	return &network.Attachment{NetNS: "/run/netns/" + p.ID, Sysctls: sysctls, Interfaces: []network.Interface{{
 		Name: "eth0", Tap: "tap0", MAC: "02:00:00:00:00:01", MTU: 1450, Addresses: []string{"10.1.2.3/24", "fd00::3/64"},
 		Routes: []network.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1", MTU: 1400, AdvMSS: 1300}}, Neighbours: []network.Neighbour{{Address: "10.1.2.1", MAC: "02:00:00:00:00:02"}},
 	}, {Name: "net1", Tap: "tap1", MAC: "02:00:00:00:00:03"}}}, nil

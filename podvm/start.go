@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"time"
@@ -259,7 +260,9 @@ func hostname(id string, c PodConfig) string {
 
 // addresses are what the guest is to know of its network.
 func (b *birth) addresses() *agent.NetworkRequest {
-	request := &agent.NetworkRequest{Sysctls: b.record.now().Config.Sysctls}
+	request := &agent.NetworkRequest{Sysctls: map[string]string{}}
+	maps.Copy(request.Sysctls, b.network.Sysctls)
+	maps.Copy(request.Sysctls, b.record.now().Config.Sysctls) // a pod's own count
 	for n, i := range b.network.Interfaces {
 		nic := &agent.Interface{Name: i.Name, Mac: i.MAC, Mtu: uint32(i.MTU), Addresses: i.Addresses}
 		if n == 0 {

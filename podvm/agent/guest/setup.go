@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -70,8 +72,8 @@ func (a *Agent) network(ctx context.Context, req *agent.NetworkRequest) error {
 	if err := a.cards.configure(ctx, req); err != nil {
 		return err
 	}
-	for name, value := range req.Sysctls {
-		if err := sysctl(name, value); err != nil {
+	for _, name := range slices.Sorted(maps.Keys(req.Sysctls)) { // what is for all cards before what is for one, eth0
+		if err := sysctl(name, req.Sysctls[name]); err != nil {
 			return err
 		}
 	}
