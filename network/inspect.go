@@ -17,8 +17,9 @@ import (
 // plugins' result: routes to gateways that are off the subnet, neighbours, interfaces of the routes.
 func inspect(h *netlink.Handle, link netlink.Link, all []netlink.Route, result *types100.Result) (Interface, error) {
 	a := link.Attrs()
-	if len(a.HardwareAddr) != 6 {
-		return Interface{}, fmt.Errorf("a %s without a MAC address can't be a virtual machine's card: %w", link.Type(), errdefs.ErrNotImplemented)
+	if len(a.HardwareAddr) != 6 || bytes.Equal(a.HardwareAddr, make([]byte, 6)) {
+		return Interface{}, fmt.Errorf("a %s without a MAC address can't be a virtual machine's card, have the network plugin make one with "+
+			"(Cilium: datapath mode veth or netkit-l2): %w", link.Type(), errdefs.ErrNotImplemented)
 	}
 	addrs, err := dump(func() ([]netlink.Addr, error) { return h.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {

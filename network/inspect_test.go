@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// withCard runs do in a namespace that has a card eth0, which is up.
-func withCard(t *testing.T, do func(h *netlink.Handle, eth0 netlink.Link) error) {
+// inNamespace runs do in a namespace of its own, on a thread that is not the test's.
+func inNamespace(t *testing.T, do func(h *netlink.Handle) error) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "ns")
 	if err := createNetNS(path, empty); err != nil {
@@ -29,23 +29,28 @@ func withCard(t *testing.T, do func(h *netlink.Handle, eth0 netlink.Link) error)
 			return err
 		}
 		defer h.Close()
-		mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
-		veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", HardwareAddr: mac, MTU: 1420}, PeerName: "peer"}
-		if err := h.LinkAdd(veth); err != nil {
-			return err
-		}
-		link, err := h.LinkByName("eth0")
-		if err == nil {
-			err = h.LinkSetUp(link)
-		}
-		if err != nil {
-			return err
-		}
-		return do(h, link)
+		return do(h)
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// withCard runs do in a namespace that has a card eth0, which is up.
+func withCard(t *testing.T, do func(h *netlink.Handle, eth0 netlink.Link) error) {
+	t.Helper()
+	inNamespace(t, func(h *netlink.Handle) error {
+		mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
+		err := h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", HardwareAddr: mac, MTU: 1420}, PeerName: "peer"})
+		if err != nil {
+			return err
+		}
+		link, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return errors.Join(h.LinkSetUp(link), do(h, link))
+	})
 }
 
 // inspected is what a guest is told of the card, and of routes over none.

@@ -70,14 +70,16 @@ type Neighbour struct {
 	Address, MAC string
 }
 
-// IPs lists the pod's addresses without prefix lengths, the primary first.
+// IPs lists the addresses of the pod's first interface without prefix lengths: those of others are of networks that
+// the cluster does not know.
 func (a *Attachment) IPs() []string {
+	if len(a.Interfaces) == 0 {
+		return nil
+	}
 	var ips []string
-	for _, i := range a.Interfaces {
-		for _, cidr := range i.Addresses {
-			if ip, _, err := net.ParseCIDR(cidr); err == nil && !ip.IsLinkLocalUnicast() {
-				ips = append(ips, ip.String())
-			}
+	for _, cidr := range a.Interfaces[0].Addresses {
+		if ip, _, err := net.ParseCIDR(cidr); err == nil && !ip.IsLinkLocalUnicast() {
+			ips = append(ips, ip.String())
 		}
 	}
 	return ips

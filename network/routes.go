@@ -21,7 +21,7 @@ func podRoutes(h *netlink.Handle, links []netlink.Link) (all []netlink.Route, re
 	for _, r := range listed {
 		over := slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Index == r.LinkIndex })
 		switch {
-		case r.Protocol == unix.RTPROT_RA || r.Dst != nil && r.Dst.IP.IsLoopback():
+		case r.Protocol == unix.RTPROT_RA || !over && r.Protocol == unix.RTPROT_KERNEL: // the latter of loopback, or a part of a card
 			continue
 		case len(r.MultiPath) > 0:
 			err = errors.New("has several gateways, where one is needed")

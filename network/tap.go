@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -24,7 +25,9 @@ const tunDevice = "/dev/net/tun"
 const tapFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
 
 // tapName is that of the tap behind a pod's i-th interface.
-func tapName(i int) string { return fmt.Sprintf("caisson%d", i) }
+func tapName(i int) string { return fmt.Sprint(tapPrefix, i) }
+
+const tapPrefix = "caisson"
 
 // connect puts a tap beside each interface in the pod's namespace, where the first is already,
 // redirects what arrives at either to the other, and returns what the guest's cards must be like, the
@@ -45,7 +48,7 @@ func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interf
 			return fmt.Errorf("netlink: %w", err)
 		}
 		defer h.Close()
-		links, err := podLinks(h, rt.IfName, result)
+		links, err := podLinks(h, rt.IfName)
 		if err != nil {
 			return err
 		}
@@ -79,27 +82,31 @@ func (n *CNI) connect(rt *libcni.RuntimeConf, result *types100.Result) ([]Interf
 	return ifaces, err
 }
 
-// podLinks lists the interfaces that the plugins made in the thread's namespace, the one they were
-// asked for first. Not all need stand in the result: Multus reports only the primary one.
-func podLinks(h *netlink.Handle, primary string, result *types100.Result) ([]netlink.Link, error) {
+// podLinks lists the interfaces of the thread's namespace that are to be the guest's cards, the one that the plugins
+// were asked for first: all that are up, whether or not they stand in a result, as Multus reports only the
+// primary one. Those that make up another one, as a bond, are the plugins' own.
+func podLinks(h *netlink.Handle, primary string) ([]netlink.Link, error) {
 	all, err := dump(h.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
-	reported := func(name string) bool {
-		return slices.ContainsFunc(result.Interfaces, func(i *types100.Interface) bool {
-			return i.Sandbox != "" && i.Name == name
-		})
-	}
+	all = slices.DeleteFunc(all, func(l netlink.Link) bool {
+		a := l.Attrs()
+		return a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || strings.HasPrefix(a.Name, tapPrefix)
+	})
 	var links []netlink.Link
 	for _, l := range all {
-		name := l.Attrs().Name
-		carries := slices.Contains([]string{"veth", "macvlan", "ipvlan", "netkit", "device"}, l.Type())
-		switch {
-		case l.Attrs().Flags&net.FlagLoopback != 0 || l.Attrs().Flags&net.FlagUp == 0:
-		case name == primary:
+		a := l.Attrs()
+		if indexed(all, a.MasterIndex) != nil {
+			continue
+		}
+		if below := indexed(all, a.ParentIndex); below != nil && below != l && a.NetNsID < 0 {
+			return nil, fmt.Errorf("interface %s is on %s of the same pod, whose frames a VM gets before it; have the network plugin make it on an interface of the node: %w",
+				a.Name, below.Attrs().Name, errdefs.ErrNotImplemented)
+		}
+		if a.Name == primary {
 			links = slices.Insert(links, 0, l)
-		case carries || reported(name):
+		} else {
 			links = append(links, l)
 		}
 	}
@@ -108,6 +115,16 @@ func podLinks(h *netlink.Handle, primary string, result *types100.Result) ([]net
 			primary, errdefs.ErrUnavailable)
 	}
 	return links, nil
+}
+
+// indexed is the link with the index; nil where there is none.
+func indexed(links []netlink.Link, index int) netlink.Link {
+	for _, l := range links {
+		if l.Attrs().Index == index {
+			return l
+		}
+	}
+	return nil
 }
 
 // join makes a tap of the thread's namespace and link one.
