@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
@@ -92,5 +94,38 @@ func TestIPs(t *testing.T) {
 	}
 	if got := new(Attachment).IPs(); got != nil {
 		t.Errorf("addresses %v without an interface", got)
+	}
+}
+
+// A guest joins multicast groups of which the namespace knows nothing.
+func TestMulticastReachesGuestsOfMacvlan(t *testing.T) {
+	n := newNode(t)
+	master := &netlink.Veth{LinkAttrs: like("mv-node"), PeerName: "mv-wire"}
+	wire := &netlink.Veth{LinkAttrs: like("mv-wire")}
+	if err := errors.Join(netlink.LinkAdd(master), netlink.LinkSetUp(master), netlink.LinkSetUp(wire)); err != nil {
+		t.Fatal(err)
+	}
+	defer netlink.LinkDel(master)
+	n.configure(t, map[string]any{"cniVersion": "1.0.0", "name": "macvlan", "plugins": []map[string]any{{
+		"type": "macvlan", "master": "mv-node",
+		"ipam": map[string]any{"type": "host-local", "dataDir": n.ipamDir(), "subnet": n.subnet4},
+	}}})
+	a := n.setup(t, n.pod(1))
+	defer n.teardown(t, n.pod(1).ID)
+	tap := openTap(t, n, a)
+	defer tap.Close()
+	group := netip.MustParseAddr("239.0.0.77")
+	flood(t, "mv-wire", group)
+	if err := tap.SetReadDeadline(time.Now().Add(3 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	for buf := make([]byte, 2000); ; {
+		size, err := tap.Read(buf)
+		if err != nil {
+			t.Fatalf("a frame to %s: %v", group, err)
+		}
+		if destination(buf[vnetHeader:size]) == group {
+			return
+		}
 	}
 }

@@ -139,6 +139,11 @@ func (n *CNI) join(h *netlink.Handle, name string, link netlink.Link) error {
 	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
 		return fmt.Errorf("mtu %d of %s: %w", link.Attrs().MTU, name, err)
 	}
+	if link.Type() != "veth" { // others, as macvlan and VFs, have the groups only that the namespace has joined
+		if err := h.LinkSetAllmulticastOn(link); err != nil {
+			return fmt.Errorf("all multicast groups for %s: %w", link.Attrs().Name, err)
+		}
+	}
 	if err := n.redirect(h, link, tap, slices.Concat(memberships, leases)...); err != nil {
 		return fmt.Errorf("redirect %s to %s: %w", link.Attrs().Name, name, err)
 	}
