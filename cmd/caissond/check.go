@@ -106,8 +106,7 @@ func checkTUN(context.Context, Config) finding {
 }
 
 func checkCNI(ctx context.Context, c Config) finding {
-	n := network.New(network.Options{ConfDir: c.CNI.ConfDir, BinDirs: c.CNI.BinDirs, CacheDir: filepath.Join(c.Root, "cni"), NetNSDir: filepath.Join(c.State, "netns")})
-	return finding{name: "CNI", detail: "configured in " + c.CNI.ConfDir, err: n.Status(ctx)}
+	return finding{name: "CNI", detail: "configured in " + c.CNI.ConfDir, err: network.New(networkOptions(c)).Status(ctx)}
 }
 
 func checkCgroup(context.Context, Config) finding {

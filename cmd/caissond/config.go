@@ -48,6 +48,7 @@ type Config struct {
 	CNI struct {
 		ConfDir      string   `toml:"conf_dir"`
 		BinDirs      []string `toml:"bin_dirs"`
+		NetNSDir     string   `toml:"netns_dir" comment:"Folder of the pods' network namespaces. Agents of some networks (Antrea, Kube-OVN) see /var/run/netns only. Empty: netns in the state folder. Remove all pods before it changes."`
 		AllowFilters bool     `toml:"allow_filters" comment:"A VM's packets never pass filters (iptables, nftables) that a network plugin has put into the pod's namespace, as those of service meshes do. false: such a pod is refused. true: it starts, and its filters have no effect."`
 	} `toml:"cni"`
 	Images struct {
@@ -242,6 +243,9 @@ func (c *Config) validate() error {
 		if !filepath.IsAbs(p.value) {
 			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.value)
 		}
+	}
+	if c.CNI.NetNSDir != "" && !filepath.IsAbs(c.CNI.NetNSDir) {
+		return fmt.Errorf("cni.netns_dir = %q: want an absolute path, or none", c.CNI.NetNSDir)
 	}
 	if len(c.State) > maxState {
 		return fmt.Errorf("state = %q: longer than %d bytes, and unix sockets below it would not fit; choose a shorter path", c.State, maxState)

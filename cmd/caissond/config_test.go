@@ -40,6 +40,20 @@ func TestEffectiveConfigReadsBack(t *testing.T) {
 	}
 }
 
+func TestNetNSDir(t *testing.T) {
+	for text, want := range map[string]string{
+		"state = '/run/c'\n": "/run/c/netns", "[cni]\nnetns_dir = '/var/run/netns'\n": "/var/run/netns",
+	} {
+		c, err := load(t, text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := networkOptions(c).NetNSDir; got != want {
+			t.Errorf("%q: namespaces are in %s, want %s", text, got, want)
+		}
+	}
+}
+
 func TestBadConfigSaysWhereAndWhat(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
 		{"misspelt key", "\nlisten = '/a'\nrot = '/b'\n", `line 3: unknown key "rot"; did you mean "root"?`},
@@ -54,6 +68,7 @@ func TestBadConfigSaysWhereAndWhat(t *testing.T) {
 		{"unknown place", "[vm]\nempty_dirs = 'disk'\n", "want one of guest, node"},
 		{"unknown driver", "driver = 'xen'\n", "want one of auto, cloud-hypervisor, qemu"},
 		{"relative path", "root = 'here'\n", "want an absolute path"},
+		{"relative folder of namespaces", "[cni]\nnetns_dir = 'netns'\n", "want an absolute path"},
 		{"state too long", "state = '/" + strings.Repeat("x", 80) + "'\n", "choose a shorter path"},
 		{"bad level", "[log]\nlevel = 'loud'\n", "line 2"},
 	} {

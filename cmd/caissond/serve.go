@@ -104,10 +104,7 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	cni := network.New(network.Options{
-		ConfDir: c.CNI.ConfDir, BinDirs: c.CNI.BinDirs,
-		CacheDir: filepath.Join(c.Root, "cni"), NetNSDir: filepath.Join(c.State, "netns"), AllowFilters: c.CNI.AllowFilters,
-	})
+	cni := network.New(networkOptions(c))
 	if err := d.makePods(c, g, found, cni); err != nil {
 		d.images.Close()
 		return nil, err
@@ -125,6 +122,17 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 	}
 	d.metrics.Collect(d.sources())
 	return d, nil
+}
+
+func networkOptions(c Config) network.Options {
+	o := network.Options{
+		ConfDir: c.CNI.ConfDir, BinDirs: c.CNI.BinDirs, CacheDir: filepath.Join(c.Root, "cni"), NetNSDir: c.CNI.NetNSDir,
+		AllowFilters: c.CNI.AllowFilters,
+	}
+	if o.NetNSDir == "" {
+		o.NetNSDir = filepath.Join(c.State, "netns")
+	}
+	return o
 }
 
 // makePods makes the templates and the manager of pods.
