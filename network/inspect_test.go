@@ -171,3 +171,11 @@ func TestSysctlsOfTuning(t *testing.T) {
 		t.Errorf("sysctls %v, want %v", got, want)
 	}
 }
+
+func TestPodWithRulesIsRefused(t *testing.T) {
+	n := newBridgeNode(t, map[string]any{"type": "sbr"})
+	if _, err := n.Setup(t.Context(), n.pod(1)); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "routing rule") {
+		t.Errorf("setup: %v, want the rule", err)
+	}
+	n.wantNothingLeft(t)
+}
