@@ -155,11 +155,19 @@ func TestRulesAreRefused(t *testing.T) {
 				return err
 			}
 		}
+		rule := netlink.NewRule() // of no table
+		rule.Family, rule.Goto, rule.Priority = netlink.FAMILY_V4, 32766, 501
+		if err := h.RuleAdd(rule); err != nil {
+			return err
+		}
+		if err := checkRules(h); !errdefs.IsNotImplemented(err) {
+			t.Errorf("a rule that names no table: %v", err)
+		}
 		return nil
 	})
 }
 
-// Sysctls of the namespace are the guest's.
+// TestSysctlsOfTuning: sysctls of the namespace are the guest's.
 func TestSysctlsOfTuning(t *testing.T) {
 	n := newBridgeNode(t, map[string]any{"type": "tuning", "sysctl": map[string]string{
 		"net.core.somaxconn": "512", "net/ipv4/conf/all/arp_ignore": "1", "net.ipv4.conf.IFNAME.arp_filter": "1",

@@ -55,7 +55,8 @@ func checkRules(h *netlink.Handle) error {
 	// Those that every namespace has, by priority.
 	tables := map[int]int{0: unix.RT_TABLE_LOCAL, 32766: unix.RT_TABLE_MAIN, 32767: unix.RT_TABLE_DEFAULT}
 	for _, r := range rules {
-		if (r.Family == netlink.FAMILY_V4 || r.Family == netlink.FAMILY_V6) && r.Table != tables[r.Priority] {
+		table, usual := tables[r.Priority]
+		if (r.Family == netlink.FAMILY_V4 || r.Family == netlink.FAMILY_V6) && (!usual || r.Table != table) {
 			return fmt.Errorf("routing rule of the pod's namespace (%v): a pod's VM has the main table of routes only; "+
 				"have the network do without the plugin that made it, as sbr does, or run such pods by another runtime: %w", r, errdefs.ErrNotImplemented)
 		}

@@ -16,7 +16,7 @@ const maxImageVolumes = 128
 // imageVolumes are the paths of an image's volumes (VOLUME of a Dockerfile), as the container sees them, without
 // those at or below a place where the container has something else.
 func imageVolumes(declared map[string]struct{}, mounts []Mount) ([]string, error) {
-	taken := []string{"/proc", "/sys", "/dev/shm", "/dev/mqueue", "/dev/pts"}
+	taken := []string{"/proc", "/sys", "/dev/shm", "/dev/mqueue", "/dev/pts", "/etc/resolv.conf", "/etc/hostname"}
 	for _, m := range mounts {
 		taken = append(taken, path.Clean(m.ContainerPath))
 	}

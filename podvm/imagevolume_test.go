@@ -11,7 +11,7 @@ import (
 func TestImageVolumes(t *testing.T) {
 	declared := map[string]struct{}{
 		"/data/": {}, "/data": {}, "relative": {}, "/a/../b": {}, "/pvc": {}, "/pvc/below": {}, "/pvcs": {},
-		"/dev": {}, "/dev/shm": {}, "/dev/own": {}, "/sys/fs/cgroup": {}, "/proc/x": {},
+		"/dev": {}, "/dev/shm": {}, "/dev/own": {}, "/sys/fs/cgroup": {}, "/etc/hostname": {}, "/proc/x": {},
 	}
 	got, err := imageVolumes(declared, []Mount{{ContainerPath: "/pvc/"}})
 	if want := []string{"/b", "/data", "/dev/own", "/pvcs", "/relative"}; err != nil || !slices.Equal(got, want) {

@@ -29,8 +29,9 @@ const (
 
 // Recover finds what former daemons left: it attaches to VMs that run, learns what happened
 // meanwhile, takes back what was half-made, and removes what belongs to no pod. Records that it
-// can't read stay, as pods that are not ready and containers of which the state is not known. It is called once, before the CRI is served. Where it
-// fails, because ctx has ended or the node lacks something, VMs run on, for the next daemon.
+// can't read stay, as pods that are not ready and containers of which the state is not known. It is
+// called once, before the CRI is served. Where it fails, because ctx has ended or the node lacks
+// something, VMs run on, for the next daemon.
 func (m *Manager) Recover(ctx context.Context) error {
 	entries, err := os.ReadDir(m.layout.pods())
 	if err != nil {

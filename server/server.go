@@ -7,6 +7,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"sync"
 
 	"google.golang.org/grpc"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -46,8 +47,8 @@ type Features struct {
 
 // Server is the CRI of one daemon.
 type Server struct {
-	grpc      *grpc.Server
-	streaming *streams
+	grpc  *grpc.Server
+	close func() error
 }
 
 // New makes a server. It already listens on loopback for exec, attach and port-forward, whose
@@ -64,13 +65,14 @@ func New(ctx context.Context, o Options) (*Server, error) {
 		return nil, err
 	}
 	i := interceptor{log: o.Log, observer: o.Observer}
-	s := &Server{
-		streaming: streaming,
-		grpc: grpc.NewServer(
-			grpc.UnaryInterceptor(i.unary), grpc.StreamInterceptor(i.stream),
-			grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
-		),
-	}
+	s := &Server{grpc: grpc.NewServer(
+		grpc.UnaryInterceptor(i.unary), grpc.StreamInterceptor(i.stream),
+		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+	)}
+	s.close = sync.OnceValue(func() error {
+		s.grpc.Stop()
+		return streaming.Close()
+	})
 	cri.RegisterRuntimeServiceServer(s.grpc, &runtimeService{o: o, streams: streaming, rates: newRates()})
 	cri.RegisterImageServiceServer(s.grpc, &imageService{o: o})
 	return s, nil
@@ -79,11 +81,8 @@ func New(ctx context.Context, o Options) (*Server, error) {
 // Serve answers calls on the listener until Close.
 func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(l) }
 
-// Close ends all calls and streams. Pods are not touched.
-func (s *Server) Close() error {
-	s.grpc.Stop()
-	return s.streaming.Close()
-}
+// Close ends all calls and streams; it is idempotent. Pods are not touched.
+func (s *Server) Close() error { return s.close() }
 
 // runtimeService is the CRI's RuntimeService; its methods are in sandbox.go, container.go,
 // stream.go, stats.go, events.go, metrics.go and runtime.go.

@@ -250,7 +250,8 @@ func (d *node) run(ctx context.Context) error {
 // unit has to stop in (TimeoutStopSec) is more.
 const shutdownGrace = 30 * time.Second
 
-// leave leaves pods to the next daemon, but for one that is of the next boot.
+// leave ends the daemon's part: pods run on, for the next one. Where the machine goes down, their containers are
+// asked to stop first, while nobody can start them again.
 func (d *node) leave() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*shutdownGrace)
 	defer cancel()
@@ -259,6 +260,9 @@ func (d *node) leave() {
 		return
 	}
 	slog.Info("the machine goes down: containers are asked to stop", "grace", shutdownGrace)
+	if err := d.cri.Close(); err != nil {
+		slog.Error("end", "err", err)
+	}
 	d.pods.StopContainers(ctx, shutdownGrace)
 }
 

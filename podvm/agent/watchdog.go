@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// watchdog notices a guest that answers nothing any more. One that nobody waits for is not asked, so that
-// it can sleep.
+// watchdog notices a guest that answers nothing any more. One that nobody waits for is not asked whether
+// it is there, so that it can sleep.
 type watchdog struct {
 	client *Client
 	limit  time.Duration

@@ -45,7 +45,7 @@ const (
 	initrdName   = "initrd"
 	manifestName = "manifest.json"
 	// manifestFormat changes when an older daemon could not use a newer image, or the reverse.
-	manifestFormat = 1
+	manifestFormat = 2
 )
 
 // Files is a built guest.
@@ -144,7 +144,7 @@ func readManifest(dir string) (Manifest, error) {
 		return Manifest{}, damaged(dir, err)
 	}
 	if m.Format != manifestFormat {
-		return Manifest{}, damaged(dir, fmt.Errorf("its format is %d, this program's is %d", m.Format, manifestFormat))
+		return Manifest{}, fmt.Errorf("the guest in %s was built by another version of this program (format %d, want %d): run 'caissond guest build': %w", dir, m.Format, manifestFormat, errdefs.ErrFailedPrecondition)
 	}
 	for _, name := range []string{kernelName, initrdName} {
 		if _, ok := m.Files[name]; !ok {

@@ -172,7 +172,7 @@ func (m *machine) life(t *testing.T) {
 	t.Logf("remove: %v", time.Since(begin))
 }
 
-// clock sets the guest's clock forward and back, which takes the time that the calls take, and corrects it a little.
+// clock sets the guest's clock forward and back.
 func (m *machine) clock(t *testing.T) {
 	ask := func(add time.Duration) time.Duration {
 		began := time.Now()
@@ -183,14 +183,13 @@ func (m *machine) clock(t *testing.T) {
 		return time.Duration(r.ClockNs - began.UnixNano())
 	}
 	const most = 10 * time.Second
-	for _, add := range []time.Duration{0, 2 * time.Hour, -2*time.Hour - time.Nanosecond, 100 * time.Millisecond, -100 * time.Millisecond} {
+	for _, add := range []time.Duration{0, 2 * time.Hour, -2*time.Hour - time.Nanosecond} {
 		before := ask(0)
-		if gained := ask(add) - before; add.Abs() >= agent.ClockStep && (gained-add).Abs() > most {
+		if gained := ask(add) - before; (gained - add).Abs() > most {
 			t.Errorf("the clock gained %v, want %v", gained, add)
-		} else if add.Abs() < agent.ClockStep && gained.Abs() > most {
-			t.Errorf("the clock gained %v at once, by a correction of %v", gained, add)
 		}
 	}
+	ask(time.Millisecond)
 }
 
 func (m *machine) oom(t *testing.T) {
