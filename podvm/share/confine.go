@@ -4,9 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/caisson-vm/caisson/internal/rights"
 )
 
 // kept are the capabilities that serving takes: to be any owner, and to read and write for all of them.
@@ -22,7 +23,7 @@ func confine() error {
 	if err := ownRoot(); err != nil {
 		return err
 	}
-	return dropRights()
+	return rights.Keep(kept) // those of other pods have the same, and may be shown the node's /proc
 }
 
 // ownRoot makes a file system with only a proc, by which descriptors are opened anew, the root.
@@ -78,16 +79,4 @@ func raiseFiles() error {
 		return fmt.Errorf("raise the limit of open files: %w", err)
 	}
 	return nil
-}
-
-// dropRights drops capabilities, of all threads and for good.
-func dropRights() error {
-	if _, _, e := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0); e != 0 {
-		return fmt.Errorf("no_new_privs: %w", e)
-	}
-	// Those of other pods have the same rights, and may be shown the node's /proc.
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("undumpable: %w", err)
-	}
-	return setCapabilities(kept)
 }
