@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/gzip"
+	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/imagestore/internal/torture"
 )
@@ -84,11 +85,32 @@ func BenchmarkPull(b *testing.B) {
 	b.ReportMetric(float64(pulling.Milliseconds())/float64(b.N), "ms/pull")
 }
 
+// BenchmarkSmallPull is a pull of which nearly all is what any pull takes.
+func BenchmarkSmallPull(b *testing.B) {
+	r, s := newTestRegistry(b), newStore(b)
+	r.push("a", small("x"))
+	for b.Loop() {
+		if err := s.Remove(b.Context(), mustPull(b, s, r.host+"/a:1").ID); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 // maxPeak is the promise for the memory of a pull, in MB.
 const maxPeak = 100
 
-// TestMain is also the other process in which pulls show their memory.
+// testPuller is this program, as the process of a pull.
+var testPuller = []string{"/proc/self/exe", "process of a pull"}
+
+// TestMain is also the process of a pull, and another one in which pulls show their memory.
 func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == testPuller[1] {
+		if err := ServePull(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if ref := os.Getenv("CAISSON_TEST_PULL"); ref != "" {
 		if err := pullAlone(os.Getenv("CAISSON_TEST_ROOT"), ref); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -99,26 +121,43 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// pullAlone pulls and prints this process's highest memory, in KiB.
+// pullAlone pulls and prints the highest memory of the pull's process and what this one has more than before, in KiB.
 func pullAlone(root, ref string) error {
-	s, err := Open(Options{Root: root})
+	s, err := Open(Options{Root: root, Puller: testPuller})
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	if _, err := s.Pull(context.Background(), ref, nil); err != nil {
-		return err
-	}
-	status, err := os.ReadFile("/proc/self/status")
+	before, err := resident()
 	if err != nil {
 		return err
 	}
-	_, peak, _ := strings.Cut(string(status), "VmHWM:")
-	_, err = fmt.Println(strings.Fields(peak)[0])
+	if _, err := s.Pull(context.Background(), ref, nil); err != nil {
+		return err
+	}
+	after, err := resident()
+	if err != nil {
+		return err
+	}
+	var children unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_CHILDREN, &children); err != nil {
+		return err
+	}
+	_, err = fmt.Println(children.Maxrss + after - before)
 	return err
 }
 
-// peak returns the highest memory of a process that does one pull, in MB.
+// resident returns this process's highest memory so far, in KiB.
+func resident() (int64, error) {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0, err
+	}
+	_, peak, _ := strings.Cut(string(status), "VmHWM:")
+	return strconv.ParseInt(strings.Fields(peak)[0], 10, 64)
+}
+
+// peak returns the highest memory that a pull takes, in MB.
 func peak(t testing.TB, ref string) float64 {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])

@@ -80,14 +80,26 @@ func (m *remote) readConfig(ctx context.Context) ([]byte, *config, error) {
 	if err != nil {
 		return nil, nil, m.failed(ctx, err)
 	}
-	if m.config.Algorithm().FromBytes(raw) != m.config {
-		return nil, nil, fmt.Errorf("configuration of %s arrived damaged: its digest is not %s; pull again, or have the registry checked: %w", m.name, m.config, errdefs.ErrDataLoss)
+	c, err := openConfig(m.name, m.config, raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	return raw, c, m.fits(c)
+}
+
+// openConfig checks and decodes the configuration of what is called n.
+func openConfig(n name, id digest.Digest, raw []byte) (*config, error) {
+	if id.Algorithm().FromBytes(raw) != id {
+		return nil, fmt.Errorf("configuration of %s arrived damaged: its digest is not %s; pull again, or have the registry checked: %w", n, id, errdefs.ErrDataLoss)
 	}
 	c, err := parseConfig(raw)
 	if err != nil {
-		return nil, nil, fmt.Errorf("configuration of %s: %w", m.name, err)
+		return nil, fmt.Errorf("configuration of %s: %w", n, err)
 	}
-	return raw, c, m.fits(c)
+	if length := len(c.Config.User); length > maxUser {
+		return nil, fmt.Errorf("configuration of %s: the user's name has %d bytes, at most %d are possible; build the image with a shorter one: %w", n, length, maxUser, errdefs.ErrInvalidArgument)
+	}
+	return c, nil
 }
 
 // fits checks that the configuration is for this machine and agrees with the manifest.
@@ -95,9 +107,6 @@ func (m *remote) fits(c *config) error {
 	arch := c.Architecture
 	if c.OS != "" && c.OS != "linux" || arch != "" && arch != runtime.GOARCH && (arch != "386" || runtime.GOARCH != "amd64") {
 		return fmt.Errorf("%s is for %.100s/%.100s, this machine is linux/%s: %w", m.name, c.OS, arch, runtime.GOARCH, errdefs.ErrNotFound)
-	}
-	if n := len(c.Config.User); n > maxUser {
-		return fmt.Errorf("configuration of %s: the user's name has %d bytes, at most %d are possible; build the image with a shorter one: %w", m.name, n, maxUser, errdefs.ErrInvalidArgument)
 	}
 	if len(c.RootFS.DiffIDs) != len(m.layers) {
 		return fmt.Errorf("%s has %d layers, but its configuration names %d: %w", m.name, len(m.layers), len(c.RootFS.DiffIDs), errdefs.ErrInvalidArgument)

@@ -23,11 +23,11 @@ type download struct {
 	remote   *remote
 	spools   []*spool // one per layer; equal layers share one
 	patience *patience
-	done     atomic.Int64 // bytes received
+	done     *atomic.Int64 // bytes received
 }
 
-func newDownload(m *remote, dir string, p *patience) (*download, error) {
-	d := &download{remote: m, patience: p}
+func newDownload(m *remote, dir string, p *patience, done *atomic.Int64) (*download, error) {
+	d := &download{remote: m, patience: p, done: done}
 	known := map[digest.Digest]*spool{}
 	for _, l := range m.layers {
 		if known[l.digest] == nil {

@@ -11,6 +11,15 @@ import (
 	"github.com/containerd/errdefs"
 )
 
+// logged has what is logged until the test's end.
+func logged(t *testing.T) *bytes.Buffer {
+	log := &bytes.Buffer{}
+	before := slog.Default()
+	slog.SetDefault(slog.New(slog.NewTextHandler(log, nil)))
+	t.Cleanup(func() { slog.SetDefault(before) })
+	return log
+}
+
 // TestReferredElsewhere: what a host answers that a registry has referred this machine to is in the log only.
 func TestReferredElsewhere(t *testing.T) {
 	const secret = "s3cr3t"
@@ -21,10 +30,7 @@ func TestReferredElsewhere(t *testing.T) {
 		w.Write([]byte(secret))
 	}))
 	t.Cleanup(other.Close)
-	var log bytes.Buffer
-	before := slog.Default()
-	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
-	t.Cleanup(func() { slog.SetDefault(before) })
+	log := logged(t)
 	r, s := newTestRegistry(t), newStore(t)
 	r.push("a", small("x"))
 	host := strings.TrimPrefix(other.URL, "http://")

@@ -49,6 +49,9 @@ type Options struct {
 	// Root is the store's directory; it is made when missing. Pods' directories must be on the
 	// same file system, for Link.
 	Root string
+	// Puller is the program, with its arguments, that calls ServePull: one runs for each pull, and without it
+	// there are none.
+	Puller []string
 	// Pinned are the names of images that must not be collected as garbage.
 	Pinned []string
 	// PullProgressTimeout ends a pull that receives nothing for so long; 0: one minute.

@@ -9,12 +9,10 @@ import (
 	"maps"
 	"os"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/caisson-vm/caisson/internal/atomicfile"
@@ -37,9 +35,10 @@ type flight struct {
 // Its errors: ErrNotFound, ErrInvalidArgument (the name, or what the registry has under it),
 // ErrUnauthenticated, ErrPermissionDenied (the registry, registries.conf, or with ErrRejected the
 // policy), ErrUnavailable (also when nothing arrives for PullProgressTimeout), ErrDataLoss (what
-// arrived is not what its digest says), ErrResourceExhausted (a full disk; an image beyond all
-// bounds), ErrNotImplemented (schema 1, encrypted layers).
+// arrived is not what its digest says), ErrResourceExhausted (a full disk; an image, or what a registry
+// says, beyond all bounds), ErrNotImplemented (schema 1, encrypted layers).
 func (s *Store) Pull(ctx context.Context, ref string, auth *Auth) (Image, error) {
+	s.registries.reload()
 	n, err := s.registries.resolve(ref)
 	if err != nil {
 		return Image{}, err
@@ -114,37 +113,74 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, n name
 	return i, err
 }
 
+// fetch has a process of the pull's own read what the registry says, and takes what it has made into the store.
 func (s *Store) fetch(ctx context.Context, p *patience, n name, auth *Auth, result *PullResult) (Image, error) {
+	by, err := s.startPuller(n)
+	if err != nil {
+		return Image{}, s.explain(err, 0, 0)
+	}
+	defer by.close()
+	stop := context.AfterFunc(ctx, by.cancel)
+	defer stop()
+	i, err := s.fetchBy(ctx, by, p, auth, result)
+	result.Downloaded, result.Unpacked = by.downloaded.Load(), by.unpacked.Load()
+	if err != nil && ctx.Err() != nil {
+		return Image{}, context.Cause(ctx)
+	}
+	return i, err
+}
+
+func (s *Store) fetchBy(ctx context.Context, by *puller, p *patience, auth *Auth, result *PullResult) (Image, error) {
 	timer := p.watch()
 	defer timer.Stop()
-	m, err := s.registries.open(ctx, n, auth)
+	err := by.say(request{Name: by.name.String(), Auth: auth, Dir: by.dir, RegistriesConf: s.o.RegistriesConf, Policy: s.o.Policy,
+		AuthFile: s.o.AuthFile, Limit: s.o.PullProgressTimeout, Memory: s.pullMemory})
 	if err != nil {
 		return Image{}, err
 	}
-	defer m.close()
+	f, err := by.find()
 	timer.Stop() // what comes now waits for this machine, or for another pull with its own timer
-	release, err := s.claim(ctx, m.config)
+	if err != nil {
+		return Image{}, err
+	}
+	release, err := s.claim(ctx, f.Config)
 	if err != nil {
 		return Image{}, err
 	}
 	defer release()
-	if i, ok, err := s.attach(m); ok || err != nil {
+	if i, ok, err := s.attach(f); ok || err != nil {
 		result.Cached = true
 		return i, err
 	}
 	timer.Reset(p.limit)
-	raw, config, err := m.readConfig(ctx)
+	return s.build(by, f, timer)
+}
+
+// build takes an image that is not in the store from the process. timer runs, until layers come, for which the
+// process has others.
+func (s *Store) build(by *puller, f *found, timer *time.Timer) (Image, error) {
+	if err := s.checkSpace(f); err != nil {
+		return Image{}, err
+	}
+	if err := by.say(goOn{}); err != nil {
+		return Image{}, err
+	}
+	raw, config, err := by.config(f)
 	timer.Stop()
 	if err != nil {
 		return Image{}, err
 	}
-	b := &build{store: s, remote: m, diffIDs: config.RootFS.DiffIDs}
-	length, err := b.run(ctx, p)
-	result.Downloaded, result.Unpacked = b.downloaded.Load(), b.unpacked.Load()
-	if err != nil {
-		return Image{}, err
+	stopLog := by.logProgress(f)
+	err = by.wait()
+	stopLog()
+	var length int64
+	if err == nil {
+		length, err = s.place(by, f)
 	}
-	return s.commit(m, raw, config, length)
+	if err != nil {
+		return Image{}, s.explain(err, f.Total, by.unpacked.Load())
+	}
+	return s.commit(f, raw, config, length)
 }
 
 // claim makes the caller the only one who builds the image until it calls release.
@@ -173,39 +209,39 @@ func (s *Store) claim(ctx context.Context, id digest.Digest) (release func(), er
 }
 
 // attach gives an image that is in the store the names it was found by now.
-func (s *Store) attach(m *remote) (Image, bool, error) {
+func (s *Store) attach(f *found) (Image, bool, error) {
 	s.changing.Lock()
 	defer s.changing.Unlock()
 	s.mu.Lock()
-	r := s.images[m.config]
+	r := s.images[f.Config]
 	s.mu.Unlock()
 	if r == nil {
 		return Image{}, false, nil
 	}
-	i, err := s.name(r, m)
+	i, err := s.name(r, f)
 	return i, true, err
 }
 
-// commit makes a file that build has put in its place an image.
-func (s *Store) commit(m *remote, raw []byte, c *config, length int64) (Image, error) {
+// commit makes a file that is in its place an image.
+func (s *Store) commit(f *found, raw []byte, c *config, length int64) (Image, error) {
 	s.changing.Lock()
 	defer s.changing.Unlock()
-	r := &record{Version: recordVersion, ID: m.config, Length: length, Config: raw, Pulled: time.Now(), process: c.process()}
-	i, err := s.name(r, m)
+	r := &record{Version: recordVersion, ID: f.Config, Length: length, Config: raw, Pulled: time.Now(), process: c.process()}
+	i, err := s.name(r, f)
 	if err != nil {
-		return Image{}, errors.Join(s.explain(err, m, 0), s.deleteFiles(m.config))
+		return Image{}, errors.Join(s.explain(err, f.Total, 0), s.deleteFiles(f.Config))
 	}
 	return i, nil
 }
 
-// name writes the record with the names of m, which other images lose. s.changing is held.
-func (s *Store) name(r *record, m *remote) (Image, error) {
+// name writes the record with the names of f, which other images lose. s.changing is held.
+func (s *Store) name(r *record, f *found) (Image, error) {
 	next := *r
 	next.Tags, next.Digests = maps.Clone(r.Tags), slices.Clone(r.Digests)
 	if next.Tags == nil {
 		next.Tags = map[string]time.Time{}
 	}
-	tag, byDigest := m.name.tag(), m.name.withDigest(m.digest)
+	tag, byDigest := f.name.tag(), f.name.withDigest(f.Digest)
 	changed := []*record{&next}
 	if tag != "" {
 		next.Tags[tag] = time.Now()
@@ -235,72 +271,27 @@ func (s *Store) name(r *record, m *remote) (Image, error) {
 	return s.image(&next)
 }
 
-// build makes the EROFS file of one image.
-type build struct {
-	store                *Store
-	remote               *remote
-	diffIDs              []digest.Digest
-	downloaded, unpacked atomic.Int64
-}
-
-// run downloads the layers and merges them meanwhile. It returns the length of the image's file,
-// which is complete, synced and in its place then.
-func (b *build) run(ctx context.Context, p *patience) (int64, error) {
-	if err := b.store.checkSpace(b.remote); err != nil {
-		return 0, err
-	}
-	f, err := os.CreateTemp(b.store.staging, "image-*")
+// place makes the file that the process has made durable, gives it its name and returns its length. Nobody writes
+// to it any more.
+func (s *Store) place(by *puller, f *found) (int64, error) {
+	info, err := by.image.Stat()
 	if err != nil {
-		return 0, b.store.explain(err, b.remote, 0)
+		return 0, fmt.Errorf("finish image: %w", err)
 	}
-	defer f.Close()
-	defer os.Remove(f.Name()) // once it is in its place, there is nothing of this name
-	d, err := newDownload(b.remote, b.store.staging, p)
-	if err != nil {
-		return 0, b.store.explain(err, b.remote, 0)
+	if err := by.image.Chmod(0o444); err != nil {
+		return 0, fmt.Errorf("finish image: %w", err)
 	}
-	defer d.close()
-	stopLog := b.logProgress(d)
-	length, err := b.merge(ctx, f, d)
-	stopLog()
-	b.downloaded.Store(d.done.Load())
-	if err == nil {
-		err = b.place(f)
+	if err := by.image.Sync(); err != nil {
+		return 0, fmt.Errorf("finish image: %w", err)
 	}
-	if err != nil {
-		return 0, b.store.explain(err, b.remote, b.unpacked.Load())
+	if err := os.Rename(by.imagePath(), s.imagePath(f.Config)); err != nil {
+		return 0, fmt.Errorf("finish image: %w", err)
 	}
-	return length, nil
-}
-
-func (b *build) merge(ctx context.Context, f *os.File, d *download) (int64, error) {
-	var length int64
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return d.run(ctx) })
-	g.Go(func() error {
-		var err error
-		length, err = convert(ctx, f, b.remote.config, d.spools, b.diffIDs, &b.unpacked)
-		return err
-	})
-	return length, g.Wait()
-}
-
-// place makes the file durable and gives it its name.
-func (b *build) place(f *os.File) error {
-	if err := f.Chmod(0o444); err != nil {
-		return fmt.Errorf("finish image: %w", err)
-	}
-	if err := f.Sync(); err != nil {
-		return fmt.Errorf("finish image: %w", err)
-	}
-	if err := os.Rename(f.Name(), b.store.imagePath(b.remote.config)); err != nil {
-		return fmt.Errorf("finish image: %w", err)
-	}
-	return atomicfile.SyncDir(b.store.o.Root)
+	return info.Size(), atomicfile.SyncDir(s.o.Root)
 }
 
 // logProgress tells from time to time how far the pull is, until the returned function is called.
-func (b *build) logProgress(d *download) (stop func()) {
+func (p *puller) logProgress(f *found) (stop func()) {
 	ticker := time.NewTicker(logEvery)
 	quit := make(chan struct{})
 	go func() {
@@ -309,7 +300,7 @@ func (b *build) logProgress(d *download) (stop func()) {
 			case <-quit:
 				return
 			case <-ticker.C:
-				slog.Info("pulling image", "image", b.remote.name.String(), "downloaded", d.done.Load(), "of", b.remote.total(), "unpacked", b.unpacked.Load())
+				slog.Info("pulling image", "image", p.name.String(), "downloaded", p.downloaded.Load(), "of", f.Total, "unpacked", p.unpacked.Load())
 			}
 		}
 	}()
@@ -319,21 +310,12 @@ func (b *build) logProgress(d *download) (stop func()) {
 	}
 }
 
-// total is the sum of the image's layers as they are downloaded, in bytes.
-func (m *remote) total() int64 {
-	var sum int64
-	for _, l := range m.layers {
-		sum += l.size
-	}
-	return sum
-}
-
 // checkSpace refuses an image whose layers alone don't fit on the disk.
-func (s *Store) checkSpace(m *remote) error {
-	if free, err := s.free(); err != nil || free >= m.total() {
+func (s *Store) checkSpace(f *found) error {
+	if free, err := s.free(); err != nil || free >= f.Total {
 		return err
 	}
-	return s.explain(unix.ENOSPC, m, 0)
+	return s.explain(unix.ENOSPC, f.Total, 0)
 }
 
 func (s *Store) free() (int64, error) {
@@ -344,8 +326,9 @@ func (s *Store) free() (int64, error) {
 	return int64(st.Bavail) * st.Bsize, nil
 }
 
-// explain turns a full disk into an error that says what was needed where. Others stay as they are.
-func (s *Store) explain(err error, m *remote, unpacked int64) error {
+// explain turns a full disk into an error that says what was needed where, as far as that is known. Others stay as
+// they are.
+func (s *Store) explain(err error, total, unpacked int64) error {
 	if !noSpace(err) {
 		return err
 	}
@@ -354,5 +337,5 @@ func (s *Store) explain(err error, m *remote, unpacked int64) error {
 		return errors.Join(err, freeErr)
 	}
 	return fmt.Errorf("no space in %s: %d bytes of layers had to be staged and at least %d bytes unpacked, %d bytes are free now; remove images or enlarge the disk: %w: %w",
-		s.o.Root, m.total(), unpacked, free, err, errdefs.ErrResourceExhausted)
+		s.o.Root, total, unpacked, free, err, errdefs.ErrResourceExhausted)
 }

@@ -54,6 +54,9 @@ func newRegistries(o Options, staging string) *registries {
 	return r
 }
 
+// reload has registries.conf read anew: the operator may have edited it.
+func (r *registries) reload() { sysregistriesv2.InvalidateCache() }
+
 // name is a full image name: registry, repository, and either a tag or a digest.
 type name struct{ ref reference.Named }
 
@@ -161,9 +164,17 @@ type layer struct {
 	size   int64
 }
 
+// total is the sum of the image's layers as they are downloaded, in bytes.
+func (m *remote) total() int64 {
+	var sum int64
+	for _, l := range m.layers {
+		sum += l.size
+	}
+	return sum
+}
+
 // open finds the image, chooses the instance for this machine and checks the policy.
 func (r *registries) open(ctx context.Context, n name, auth *Auth) (*remote, error) {
-	sysregistriesv2.InvalidateCache() // the operator may have edited it
 	sys, err := r.system(n, auth)
 	if err != nil {
 		return nil, err

@@ -186,7 +186,7 @@ func large(seed uint64, mib int) testImage {
 func newStore(t testing.TB, change ...func(*Options)) *Store {
 	t.Helper()
 	dir := t.TempDir()
-	o := Options{Root: filepath.Join(dir, "images"), RegistriesConf: filepath.Join(dir, "registries.conf"),
+	o := Options{Root: filepath.Join(dir, "images"), Puller: testPuller, RegistriesConf: filepath.Join(dir, "registries.conf"),
 		AuthFile: filepath.Join(dir, "auth.json"), Policy: filepath.Join(dir, "policy.json"), PullProgressTimeout: 20 * time.Second}
 	writeFile(t, o.RegistriesConf, "")
 	writeFile(t, o.Policy, `{"default":[{"type":"insecureAcceptAnything"}]}`)

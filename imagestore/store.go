@@ -28,6 +28,7 @@ type Store struct {
 	lock       *os.File
 	registries *registries
 	pinned     map[string]bool
+	pullMemory int64 // of the process of a pull, in bytes
 
 	pulls sync.WaitGroup
 
@@ -47,7 +48,7 @@ func Open(o Options) (*Store, error) {
 	if o.PullProgressTimeout == 0 {
 		o.PullProgressTimeout = defaultProgressTimeout
 	}
-	s := &Store{o: o, staging: filepath.Join(o.Root, "staging"), pinned: map[string]bool{},
+	s := &Store{o: o, staging: filepath.Join(o.Root, "staging"), pinned: map[string]bool{}, pullMemory: pullMemory,
 		images: map[digest.Digest]*record{}, flights: map[string]*flight{}, building: map[digest.Digest]chan struct{}{}}
 	if err := s.prepare(); err != nil {
 		return nil, err

@@ -15,6 +15,7 @@ import (
 	"github.com/containers/storage/pkg/reexec"
 	"golang.org/x/sys/unix"
 
+	"github.com/caisson-vm/caisson/imagestore"
 	"github.com/caisson-vm/caisson/podvm/share"
 )
 
@@ -37,12 +38,16 @@ func commands() []command {
 		{"guest", "build [--output DIR] [--agent FILE]", "build the guest's kernel and initramfs", guest},
 		{"version", "", "print the version", printVersion},
 		{name: shareCommand, run: func(context.Context, []string) error { return share.Serve() }},
+		{name: pullCommand, run: func(context.Context, []string) error { return imagestore.ServePull() }},
 	}
 }
 
-// shareCommand is the process that the daemon starts for a pod with host directories; nobody else does, and
-// so it has no help.
-const shareCommand = "share"
+// The processes that the daemon starts for a pod with host directories, and for a pull; nobody else does, and so
+// they have no help.
+const (
+	shareCommand = "share"
+	pullCommand  = "pull"
+)
 
 // The daemon enters mount namespaces of others on threads that end with that; the main thread would not, and
 // stay there. So it runs main, and nothing else.

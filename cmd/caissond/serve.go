@@ -98,7 +98,7 @@ func newDaemon(ctx context.Context, c Config) (*node, error) {
 		shares: share.New("/proc/self/exe", shareCommand),
 	}
 	d.images, err = imagestore.Open(imagestore.Options{
-		Root: filepath.Join(c.Root, "images"), Pinned: c.Images.Pinned,
+		Root: filepath.Join(c.Root, "images"), Puller: []string{"/proc/self/exe", pullCommand}, Pinned: c.Images.Pinned,
 		RegistriesConf: c.Images.RegistriesConf, Policy: c.Images.Policy, Pulled: d.metrics.ObservePull,
 	})
 	if err != nil {
