@@ -112,7 +112,7 @@ func TestWhatIsChosenWorks(t *testing.T) {
 func emptyGuest(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	for name, text := range map[string]string{"vmlinux": "", "initrd": "", "manifest.json": `{"format":1,"files":{"vmlinux":{},"initrd":{}}}`} {
+	for name, text := range map[string]string{"vmlinux": "", "initrd": "", "manifest.json": `{"format":2,"files":{"vmlinux":{},"initrd":{}}}`} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
