@@ -212,7 +212,7 @@ func leave(t *testing.T, dir string, left int64) {
 // TestNoSpaceForTemplate has a disk on which a template's memory does not fit: pods are booted cold, the
 // log says why, and nothing is left of the attempt.
 func TestNoSpaceForTemplate(t *testing.T) {
-	d := harness.Start(t, small(t, "72m"))
+	d := harness.Start(t, small(t, "256m"))
 	d.RunPod().Run(images.Busybox, sleeper).Exec("true")
 	has(t, d.Log(), "pod is booted cold", "make template", "MiB free", "free some")
 	left, err := filepath.Glob(filepath.Join(d.Config.Root, "templates", "*"))
